@@ -29,6 +29,7 @@ class DataSection(Section):
     test: str | None = None  # a second file for the test split only
     split: str | None = None  # column that assigns rows to splits
     seed: int = 0  # of the division into splits
+    rows: int | None = Field(None, ge=10)  # rows per library, for "docstrings" only
 
 # %% ../../nbs/core/01_config.ipynb #model-section
 class ModelSection(Section):
@@ -45,6 +46,8 @@ class TrainingSection(Section):
     learning_rate: float = Field(5e-4, gt=0)
     batch_size: int = Field(32, ge=1)
     max_length: int | None = Field(None, ge=2)  # tokens
+    warmup: float = Field(0.06, ge=0, lt=1)  # share of the steps
+    weight_decay: float = Field(0.0, ge=0)
     seed: int = 0
 
 # %% ../../nbs/core/01_config.ipynb #trust-section
