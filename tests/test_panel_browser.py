@@ -1,0 +1,168 @@
+"""A real browser watches a run in JupyterLab: the panel moves while training goes on, and a click on Stop stops it.
+
+Everything stays on this machine: the server listens on 127.0.0.1 at a free port, with a token and its own folders.
+FTLLM_SCREENSHOTS=folder keeps the pictures."""
+import importlib.util
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from fine_tune_llm.core.runs import Run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MISSING = [name for name in ("playwright", "jupyterlab") if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(not CHROMIUM or bool(MISSING), reason="needs " + " and ".join(MISSING or ["a chromium"]))
+
+# The cell that starts training. It must return at once and leave `run`, a run whose folder is `FOLDER`.
+TRAIN = """
+import math, random, threading, time
+from fine_tune_llm.core.runs import Run
+
+def train(run, steps=4000):
+    noise = random.Random(0)
+    run.log("run_started", total_steps=steps, epochs=2, rows=16 * steps, device="cpu", dtype="float32")
+    for step in range(1, steps + 1):
+        time.sleep(0.01)
+        run.log("step", step=step, epoch=2 * step / steps, loss=0.4 + 1.4 * math.exp(-step / 60) + noise.gauss(0, 0.05),
+                learning_rate=2e-4 * min(step / 50, 1) * (1 - step / steps), rows_per_second=1600 + noise.gauss(0, 30),
+                eta_s=0.01 * (steps - step))
+        if step % 50 == 0:
+            ece = 0.03 + step / 9000
+            run.log("evaluated", step=step, nll=0.5 + 1.2 * math.exp(-step / 60), accuracy=0.9 - 0.5 * math.exp(-step / 70),
+                    ece=ece, ece_low=ece - 0.012, ece_high=ece + 0.014, ece_null=0.03)
+        for c in run.pending():
+            run.log("command_applied", id=c["id"], command=c["command"], step=step)
+            return run.log("run_stopped", step=step, checkpoint=f"checkpoints/step-{step:06}")
+
+run = Run.create(FOLDER)
+threading.Thread(target=train, args=(run,), daemon=True).start()
+"""
+STRIPS = 6  # plots once evaluations have come: loss, NLL, accuracy, ECE, learning rate, rows per second
+SETTINGS = {"notification": '{"fetchNews": "false", "checkForUpdates": false}', "themes": '{"theme": "JupyterLab Light"}'}
+
+
+def write_notebook(path: Path, run_folder: Path) -> None:
+    "Write a notebook that starts a run in the background and opens its panel."
+    cells = [new_code_cell(f"FOLDER = {str(run_folder)!r}\n{TRAIN}"), new_code_cell("run.panel()")]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), path)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A JupyterLab with folders, port and token of its own: (waits for its address, token, its root folder)."
+    root, home = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("home")
+    for name, text in SETTINGS.items():
+        file = home / "settings" / "@jupyterlab" / "apputils-extension" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    folders = {f"JUPYTER_{k}_DIR": str(home / k.lower()) for k in ("CONFIG", "DATA", "RUNTIME")}
+    env = {**os.environ, **folders, "HOME": str(home), "IPYTHONDIR": str(home / "ipython"),
+           "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
+    env.pop("IN_TEST", None)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    token = secrets.token_hex(16)
+    log = open(home / "lab.log", "w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
+         "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True",
+         f"--ServerApp.root_dir={root}"], env=env, stdout=log, stderr=subprocess.STDOUT)
+
+    def ready() -> str:
+        "Wait until the server answers, and return its address."
+        end = time.monotonic() + 60
+        while True:
+            assert server.poll() is None and time.monotonic() < end, (home / "lab.log").read_text()[-2000:]
+            try: socket.create_connection(("127.0.0.1", port), timeout=0.5).close()
+            except OSError: time.sleep(0.1)
+            else: return f"http://127.0.0.1:{port}"
+
+    try: yield ready, token, root  # a browser can start meanwhile
+    finally:
+        server.terminate()
+        try: server.wait(10)
+        except subprocess.TimeoutExpired: server.kill()
+        log.close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    "A headless Chromium with a profile of its own."
+    from playwright.sync_api import sync_playwright
+    args = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+    with sync_playwright() as pw:
+        context = pw.chromium.launch_persistent_context(
+            str(tmp_path_factory.mktemp("profile")), executable_path=CHROMIUM, headless=True, args=args,
+            viewport={"width": 1280, "height": 1100})
+        yield context
+        context.close()
+
+
+def open_and_run(page, address: str, token: str, name: str) -> None:
+    "Open a notebook in JupyterLab and run all of its cells."
+    page.goto(f"{address}/doc/tree/{name}?token={token}&reset")
+    page.wait_for_function("window.jupyterapp?.commands.hasCommand('notebook:run-all-cells')")
+    kernel = "window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status"
+    page.wait_for_function(f"{kernel} === 'idle'")
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+
+
+def keep(page, what: str, name: str, width: int, theme: str, tmp_path: Path) -> Path:
+    "Take a picture of a part of the page, at a width and in a theme."
+    folder = Path(os.environ.get("FTLLM_SCREENSHOTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    page.set_viewport_size({"width": width + 164, "height": 1100})  # Lab's own margins
+    page.evaluate(f"() => window.jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}})")
+    page.wait_for_function(f"document.body.dataset.jpThemeLight === '{str('Light' in theme).lower()}'")
+    page.wait_for_timeout(400)  # the style sheet of the theme is still being painted
+    page.locator(what).last.screenshot(path=str(folder / f"{name}.png"))
+    return folder / f"{name}.png"
+
+
+def test_panel_moves_and_stops(lab, browser, tmp_path):
+    ready, token, root = lab
+    address, folder = ready(), tmp_path / "run"
+    write_notebook(root / "panel.ipynb", folder)
+    page = browser.new_page()
+    page.set_default_timeout(20_000)
+    open_and_run(page, address, token, "panel.ipynb")
+
+    curve = page.locator(".ft-live path").first  # the loss, as reported
+    curve.wait_for(state="attached")
+    before = curve.get_attribute("d")
+    page.wait_for_function("d => document.querySelector('.ft-live path')?.getAttribute('d') !== d", arg=before)
+    run = Run.attach(folder)  # another process than the kernel's: the folder is all they share
+    assert run.state == "running" and page.locator(".ft-live svg[role=img]").count() >= 3
+    page.wait_for_function(f"document.querySelectorAll('.ft-live svg[role=img]').length === {STRIPS}")
+    assert "Loss" in page.locator(".ft-panel h3").inner_text() and page.locator(".ft-panel [role=alert]").count() == 0
+    keep(page, ".ft-panel", "panel_running_1100", 1100, "JupyterLab Light", tmp_path)
+    if os.environ.get("FTLLM_SCREENSHOTS"): keep(page, ".ft-panel", "panel_running_dark_640", 640, "JupyterLab Dark", tmp_path)
+
+    page.locator(".ft-stop").click()
+    picture = ".jp-OutputArea-output .look"  # at the end, a static picture takes the place of the panel
+    ended = f"document.querySelector('{picture} h3')?.textContent.includes('Stopped at step')"
+    page.wait_for_function(f"{ended} && !document.querySelector('.ft-panel')")
+    assert run.wait(timeout=5) == "stopped" and run.events()[-1]["event"] == "run_stopped"
+    assert [c["command"] for c in run.commands()] == ["stop"] and run.verify().torn == 0
+    assert "applied" in page.locator(picture).inner_text()
+
+    page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    page.goto(f"{address}/doc/tree/panel.ipynb?token={token}&reset")  # reopened: no cell is run, no widget is there
+    page.wait_for_function(ended)
+    assert keep(page, picture, "panel_saved_1100", 1100, "JupyterLab Light", tmp_path).stat().st_size > 10_000
+    if os.environ.get("FTLLM_SCREENSHOTS"): keep(page, picture, "panel_saved_dark_640", 640, "JupyterLab Dark", tmp_path)
+    page.evaluate("() => window.jupyterapp.shell.currentWidget?.sessionContext?.shutdown()")
+    page.close()
