@@ -10,6 +10,7 @@ __all__ = ['locate', 'plan_device', 'Model', 'quiet', 'explain_load_failure', 'l
 import contextlib
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -75,7 +76,10 @@ def quiet() -> Iterator[None]:
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try: yield
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # that transformers and peft address to each other
+            yield
     finally:
         logging.set_verbosity(level)
         if bars: logging.enable_progress_bar()

@@ -22,7 +22,7 @@ import yaml
 
 from ..core.errors import TrainingError
 from ..core.runs import Run, write_atomic
-from ..data.loading import Data, Split
+from ..data.splits import Data, Split
 from ..models.adapters import add_adapter, describe, lora_config
 from ..models.loading import Model, build_classifier, weights_fingerprint
 from ..models.scoring import encode, longest_input, score_texts
@@ -204,7 +204,7 @@ def checkpoint_to_resume(run: Run) -> str:  # the folder of the newest good chec
 
 # %% ../../nbs/training/53_trainer.ipynb #open
 def open_run(model: Model, data: Data, settings: Settings, out: str | Path | None, resume: str | Path | None,
-             accept: Collection[str]) -> TrainingRun:
+             accept: Collection[str], sections: Mapping[str, Any]) -> TrainingRun:
     "Start a run folder, or take up one that matches."
     now = run_fingerprint(model, data, settings)
     if resume is not None:
@@ -213,7 +213,7 @@ def open_run(model: Model, data: Data, settings: Settings, out: str | Path | Non
         for line in accepted: run.log("warning", message=f"accepted on resume: {line}")
     else:
         run = TrainingRun.create(out or fresh_folder(model))
-        write_atomic(run.path / "config.yaml", yaml.safe_dump({"model": {k: getattr(model, k) for k in ("name", "task", "quantize", "device", "dtype")},
+        write_atomic(run.path / "config.yaml", yaml.safe_dump({**sections, "model": {k: getattr(model, k) for k in ("name", "quantize", "device", "dtype")},
                      "training": {**asdict(settings), "lora": dict(settings.lora)}}, sort_keys=False))
     run.write_json("fingerprint.json", now)
     return TrainingRun(run.path, model, data, settings)
@@ -252,16 +252,19 @@ def finetune(model: Model,  # from `load_model`
              learning_rate: float = 5e-4,  # at the top of the schedule
              batch_size: int = 32,  # rows in an optimizer step
              max_length: int | None = None,  # tokens of a text, the model's limit where not given
+             warmup: float = 0.06,  # share of the steps until the learning rate is at its top
+             weight_decay: float = 0.0,
              seed: int = 0,  # of the head, the adapter, the dropout and the order
              out: str | Path | None = None,  # the run folder, runs/DATE-MODEL where not given
              resume: str | Path | None = None,  # a run folder to go on with
              accept: Collection[str] = (),  # names in the fingerprint that may differ on resume
              background: bool = False,  # train in a thread and return at once
              progress: bool = True,  # show a bar, unless in the background
+             sections: Mapping[str, Any] | None = None,  # more sections for the config.yaml of the run
             ) -> TrainingRun:
     "Tune a LoRA adapter on the training split."
-    settings = Settings(dict(lora or {"r": 16}), epochs, learning_rate, batch_size, max_length, seed=seed)
-    run = open_run(model, data, settings, out, resume, accept)
+    settings = Settings(dict(lora or {"r": 16}), epochs, learning_rate, batch_size, max_length, warmup, weight_decay, seed)
+    run = open_run(model, data, settings, out, resume, accept, sections or {})
     if run.state == "finished": reopen_finished(run)
     elif background:
         run.box["thread"] = threading.Thread(target=train_run, args=(run, resume is not None, None), daemon=True)
