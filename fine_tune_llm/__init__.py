@@ -9,7 +9,7 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     "TemperatureScaling": "uncertainty.calibration",
     **dict.fromkeys(("ConformalClassifier", "PredictionSets"), "uncertainty.conformal"),
     **dict.fromkeys(("DecisionPolicy", "Decisions"), "uncertainty.risk"),
-    **dict.fromkeys(("AuditReport", "audit"), "audit.report"),
+    "AuditReport": "audit.report", "audit": "audit",
     "load_data": "data.loading", "docstrings": "data.docstrings",
     "load_model": "models.loading", "finetune": "training.trainer",
     "TrainingPanel": "panels.training",
@@ -22,7 +22,8 @@ def __getattr__(name):
     if name not in _HOME:
         raise AttributeError(f"module 'fine_tune_llm' has no attribute {name!r}")
     from importlib import import_module
-    value = getattr(import_module(f"fine_tune_llm.{_HOME[name]}"), name)
+    home = import_module(f"fine_tune_llm.{_HOME[name]}")
+    value = home if name == "audit" else getattr(home, name)  # the audit floor is itself the function
     globals()[name] = value
     return value
 

@@ -121,14 +121,14 @@ def demo_config(out: str | None = None,  # the run folder
                ) -> Config:
     "Describe the embedded demonstration."
     return Config(data=DataSection(path="docstrings", groups=("kind", "length"), seed=seed, rows=rows), out=out,
-                  training=TrainingSection(lora={"r": 16}, epochs=2, learning_rate=3e-3, batch_size=32, max_length=96, seed=seed),
+                  training=TrainingSection(lora={"r": 16, "lora_dropout": 0.0}, epochs=2, learning_rate=3e-3, batch_size=32, max_length=96, seed=seed),
                   trust=TrustSection(alpha=0.1, abstain_cost=0.4, max_risk=0.3))
 
 # %% ../../nbs/apps/70_pipeline.ipynb #table
 def summary_rows(o: Outcome) -> list[tuple[str, str, str, str]]:  # measure, value with interval, held against, verdict
     "List what a person should look at first."
     from fine_tune_llm.audit.findings import told
-    rows = [(f.name, told(f.estimate, f.digits) if f.estimate else "cannot be estimated", f.against, f.verdict) for f in o.report.findings]
+    rows = [(f.name, told(f.estimate, f.digits) if f.estimate else "cannot be estimated", f.against, f.verdict) for f in o.report.summary]
     rows.insert(1, ("accuracy, TF-IDF", told(o.baseline_accuracy), "word counts and logistic regression, same rows", ""))
     verdicts = [r.verdict for r in o.report.rows]
     counted = ", ".join(f"{verdicts.count(v)} {v}" for v in ("pass", "fail", "not enough evidence") if v in verdicts)
