@@ -7,6 +7,7 @@ __all__ = ['app', 'main', 'run_and_show', 'demo', 'run', 'chunks', 'predict', 'w
 
 # %% ../../nbs/apps/72_cli.ipynb #imports
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -23,6 +24,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 def main() -> None:
     "Run the command line; what a person can mend ends in one line."
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see wait_politely of models.loading
     try: app()
     except FineTuneLLMError as e:
         typer.echo(f"{'stopped' if type(e).__name__ == 'Stopped' else 'error'}: {e}", err=True)
@@ -34,12 +36,14 @@ def run_and_show(config: Any,  # a Config
     "Run the whole path and print what came out."
     from rich.console import Console
 
-    from fine_tune_llm.apps.pipeline import run_pipeline, show_outcome
+    from fine_tune_llm.apps.pipeline import gap_lines, run_pipeline, show_outcome
     console = Console()
     outcome = run_pipeline(config, resume=resume, accept=list(accept), progress=sys.stderr.isatty() or resume is None,
                            say=lambda line: typer.echo(line, err=True))
     console.print()
     console.print(show_outcome(outcome))
+    report = outcome.run.path / "audit" / "report.html"
+    typer.echo("\n".join(["", *gap_lines(outcome), "", f"bundle  {outcome.bundle}", f"report  {report}"]))
 
 # %% ../../nbs/apps/72_cli.ipynb #demo
 @app.command()

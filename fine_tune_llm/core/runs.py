@@ -21,7 +21,6 @@ from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import entry_points
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar
 
 from .errors import RunError
@@ -163,11 +162,12 @@ def write_atomic(path: Path,  # where the file shall stand; its folder is made i
                 ) -> None:
     "Write a file that is either whole or not there."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8") as f:
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    with open(part, "w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(f.name, path)
+    os.replace(part, path)
 
 # %% ../../nbs/core/02_runs.ipynb #inside
 def inside(folder: Path,  # what must not be left

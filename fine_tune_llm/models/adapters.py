@@ -29,7 +29,7 @@ def lora_config(lora: Mapping[str, Any],  # fields of PEFT's LoraConfig; `r` is 
     for name in lora:
         if name not in known:
             raise ConfigurationError(f"no LoRA setting {name!r}", fix=f"did you mean {', '.join(get_close_matches(name, known)) or 'r'}?")
-    defaults = dict(r=16, lora_alpha=2 * int(lora.get("r", 16)), lora_dropout=0.05, target_modules="all-linear", task_type="SEQ_CLS")
+    defaults: dict[str, Any] = dict(r=16, lora_alpha=2 * int(lora.get("r", 16)), lora_dropout=0.05, target_modules="all-linear", task_type="SEQ_CLS")
     return LoraConfig(**(defaults | dict(lora)))
 
 # %% ../../nbs/models/41_adapters.ipynb #add

@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from ..core.figures import ci, num
-from ..core.runs import ENDS, Status, run_state, status
+from ..core.runs import ENDS, Status, run_state
 
 # %% ../../nbs/panels/60_curves.ipynb #curves
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def damage(place: Path,  # a checkpoint
 def last_checkpoint(folder: Path,  # that holds step-000010, step-000020, ...
                    ) -> tuple[Path | None, list[str]]:  # the newest good one, and why newer ones were skipped
     "Find the newest checkpoint that is whole."
-    skipped = []
+    skipped: list[str] = []
     for place in sorted(folder.glob("step-*"), reverse=True):
         if not (wrong := damage(place)): return place, skipped
         skipped.append(f"{place.name}: {wrong}")

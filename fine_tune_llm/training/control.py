@@ -66,8 +66,8 @@ class Listener(TrainerCallback):
         if self.stopped and state.global_step < state.max_steps: control.should_save = control.should_training_stop = True
         if self.progress: self.progress(state.global_step, state.max_steps, "")
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if "loss" in logs: log_step(self, args, state, logs)
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if "loss" in (logs := kwargs.get("logs") or {}): log_step(self, args, state, logs)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None: save_step(self, args, state.global_step)
 

@@ -11,7 +11,6 @@ __all__ = ['epoch_order', 'EpochOrder', 'Settings', 'run_fingerprint', 'training
 import math
 import threading
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,8 +22,8 @@ import yaml
 from ..core.errors import TrainingError
 from ..core.runs import Run, write_atomic
 from ..data.splits import Data, Split
-from ..models.adapters import add_adapter, describe, lora_config
-from ..models.loading import Model, build_classifier, weights_fingerprint
+from ..models.adapters import add_adapter, describe, load_adapter, lora_config
+from ..models.loading import Model, build_classifier, quiet, weights_fingerprint
 from ..models.scoring import encode, longest_input, score_texts
 from .checkpoints import last_checkpoint
 from .fingerprint import digest, flatten, library_versions, refuse_differences
@@ -162,8 +161,7 @@ def train_run(run: TrainingRun, resume: bool, progress: Callable[[int, int, str]
     model, data, settings, flag = run.model, run.data, run.settings, threading.Event()
     assert model and data
     try:
-        with interruptible(flag), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers and peft about each other
+        with interruptible(flag), quiet():
             module = add_adapter(build_classifier(model, data.labels, settings.seed), settings.lora, settings.seed)
             ids, cut = encode(model, data.train.texts, settings.max_length)
             if cut: run.log("warning", message=f"{cut} of {len(ids)} training texts are longer than {max(map(len, ids))} tokens and lose their end")
@@ -183,7 +181,8 @@ def finish_run(run: TrainingRun, module: Any, state: Any, listener: Any) -> None
     if listener.stopped and state.global_step < state.max_steps:
         run.log("run_stopped", step=state.global_step, checkpoint=f"checkpoints/step-{state.global_step:06}")
     else:
-        module.save_pretrained(run.path / "adapter")
+        with quiet(): module.save_pretrained(run.path / "adapter")
+        (run.path / "adapter" / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
         run.log("run_finished", step=state.global_step, seconds=time.monotonic() - listener.began)
 
 # %% ../../nbs/training/53_trainer.ipynb #figures
@@ -227,10 +226,9 @@ def fresh_folder(model: Model) -> Path:  # runs/DATE-NAME, with a number where t
 # %% ../../nbs/training/53_trainer.ipynb #reopen
 def reopen_finished(run: TrainingRun) -> None:
     "Load the adapter of a finished run."
-    from peft import PeftModel
     model, data = run.model, run.data
     assert model and data
-    run.box["module"] = PeftModel.from_pretrained(build_classifier(model, data.labels, run.settings.seed), run.path / "adapter").eval()
+    run.box["module"] = load_adapter(build_classifier(model, data.labels, run.settings.seed), run.path / "adapter")
 
 # %% ../../nbs/training/53_trainer.ipynb #progress
 def progress_bar() -> Callable[[int, int, str], None]:  # called with step, total and a note
