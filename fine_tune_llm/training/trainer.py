@@ -186,12 +186,14 @@ def finish_run(run: TrainingRun, module: Any, state: Any, listener: Any) -> None
         run.log("run_finished", step=state.global_step, seconds=time.monotonic() - listener.began)
 
 # %% ../../nbs/training/53_trainer.ipynb #figures
-def validation_figures(run: TrainingRun, module: Any) -> dict[str, float]:  # accuracy, nll, ece
+def validation_figures(run: TrainingRun, module: Any) -> dict[str, float]:  # accuracy, nll, and ece with its interval and null
     "Measure the model on the validation split as it is now."
     split = run.data.validation  # type: ignore[union-attr]
     logits = score_texts(run.model, module, split.texts, max_length=run.settings.max_length)  # type: ignore[arg-type]
     preds = Predictions(split.ids, split.labels, logits=logits, y=split.y)
-    return {m.__name__: m(preds).value for m in (accuracy, nll, ece)}
+    error = ece(preds, n_boot=200)
+    return {"accuracy": accuracy(preds).value, "nll": nll(preds).value, "ece": error.value, "ece_low": error.low, "ece_high": error.high,
+            "ece_null": error.null if error.null is not None else math.nan}
 
 # %% ../../nbs/training/53_trainer.ipynb #resume-point
 def checkpoint_to_resume(run: Run) -> str:  # the folder of the newest good checkpoint
