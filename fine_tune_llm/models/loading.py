@@ -159,7 +159,10 @@ def quantization(model: Model) -> Any:  # transformers' BitsAndBytesConfig
 # %% ../../nbs/models/40_loading.ipynb #weights
 def weights_fingerprint(model: Model) -> str:  # 16 hex digits of a sha256, or a hub commit
     "Name the base weights by their content."
-    if not Path(model.path).is_dir(): return str(getattr(model.config, "_commit_hash", None) or model.path)
+    if not Path(model.path).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        cached = try_to_load_from_cache(model.path, "config.json")  # .../snapshots/COMMIT/config.json
+        return Path(cached).parent.name if isinstance(cached, str) else model.path
     digest = hashlib.sha256()
     parts = sorted(f for f in Path(model.path).iterdir() if f.suffix in (".safetensors", ".bin"))
     for file in parts:
