@@ -38,7 +38,7 @@ def settle(frame: pd.DataFrame,  # of `fields`
            seed: int, sizes: Sequence[float],
           ) -> tuple[pd.DataFrame, pd.DataFrame]:  # (rows with a final side, rows set aside)
     "Give each row its side, and each text only one."
-    anywhere, held = assign(frame["id"], seed, sizes), assign(frame["id"], seed, (0, *(sizes[1:] if sum(sizes[1:]) else (1, 1, 1))))
+    anywhere, held = assign(list(frame["id"]), seed, sizes), assign(list(frame["id"]), seed, (0, *(sizes[1:] if sum(sizes[1:]) else (1, 1, 1))))
     frame = frame.assign(side=[{"": a, "held-out": h}.get(s, s) for s, a, h in zip(frame["side"], anywhere, held)])
     rank = frame["side"].map(SPLITS.index).astype(int)
     last = rank == rank.groupby(frame["id"]).transform("max")

@@ -8,7 +8,6 @@ __all__ = ['fresh_truth', 'nll_terms', 'best_beta', 'fit_temperature', 'save_jso
 
 # %% ../../nbs/uncertainty/12_calibration.ipynb #imports
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from scipy.optimize import brentq
 from scipy.stats import chi2, norm
 
 from ..core.errors import ConfigurationError, DataError, OverlapError, TooFewRowsError
+from ..core.runs import write_atomic
 from .predictions import Predictions, log_softmax_rows
 
 # %% ../../nbs/uncertainty/12_calibration.ipynb #fresh
@@ -84,9 +84,7 @@ def save_json(path: str | Path,  # file to write or replace
               value: Mapping[str, Any],  # with its "kind", which `load_json` checks
              ) -> None:
     "Write a JSON file that appears under its name only when complete."
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(value, allow_nan=False, indent=1), encoding="utf-8")
-    os.replace(part, path)
+    write_atomic(Path(path), json.dumps(value, allow_nan=False, indent=1))
 
 def load_json(path: str | Path,  # file that `save_json` wrote
              ) -> dict[str, Any]:
