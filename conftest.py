@@ -35,6 +35,7 @@ class Notebook(pytest.File):
         self.module, self.names, self.errors = exports and f"{cfg.lib_path.name}.{exports[0]}", None, {}
         self.todo = [c for c in nb.cells if c.cell_type == "code" and not skip & c.directives_.keys()
                      and c.directives_.get("eval:") != ["false"] and "nbdev_export(" not in c.source]
+        self.folder = self.path.parent
         whole = self.path.parent.name == "tutorials"
         for cell in list(self.todo):
             if cell is self.todo[-1] or (not whole and IS_TEST.search(cell.source)):
@@ -55,9 +56,11 @@ class Notebook(pytest.File):
         tree = ast.parse(src, name)
         rewrite_asserts(tree, src.encode(), name, self.config)
         here = Path.cwd()
-        os.chdir(self.path.parent)  # as Jupyter and nbdev_test do
+        os.chdir(self.folder)  # the notebook's own at first, as in Jupyter; then wherever the last cell went
         try: exec(compile(tree, name, "exec", dont_inherit=True), self.names)
-        finally: os.chdir(here)
+        finally:
+            self.folder = Path.cwd()
+            os.chdir(here)
 
     def run_to(self, cell) -> None:
         "Run what has not run yet, up to `cell`; raise the first error that no test has told."
