@@ -8,18 +8,14 @@ __all__ = ['lora_config', 'add_adapter', 'load_adapter', 'describe']
 # %% ../../nbs/models/41_adapters.ipynb #imports
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.errors import ConfigurationError
 from .loading import quiet
 
-# %% ../../nbs/models/41_adapters.ipynb #type-imports
-if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-
 # %% ../../nbs/models/41_adapters.ipynb #config
 def lora_config(lora: Mapping[str, Any],  # fields of PEFT's LoraConfig; `r` is the rank
-               ) -> "LoraConfig":
+               ) -> Any:  # transformers' or peft's LoraConfig
     "Complete a LoRA configuration with our defaults."
     from difflib import get_close_matches
     from inspect import signature
@@ -36,7 +32,7 @@ def lora_config(lora: Mapping[str, Any],  # fields of PEFT's LoraConfig; `r` is 
 def add_adapter(module: Any,  # a model from `build_classifier`
                 lora: Mapping[str, Any],  # fields of LoraConfig
                 seed: int = 0,  # of the new adapter
-               ) -> "PeftModel":
+               ) -> Any:  # transformers' or peft's PeftModel
     "Freeze a model and put a trainable adapter on it."
     import torch
     from peft import get_peft_model, prepare_model_for_kbit_training
@@ -50,7 +46,7 @@ def add_adapter(module: Any,  # a model from `build_classifier`
 # %% ../../nbs/models/41_adapters.ipynb #load
 def load_adapter(module: Any,  # a model from `build_classifier`
                  folder: str | Path,  # that `save_pretrained` wrote
-                ) -> "PeftModel":
+                ) -> Any:  # transformers' or peft's PeftModel
     "Put a saved adapter on a model, for answering."
     from peft import PeftModel
     with quiet(): return PeftModel.from_pretrained(module, str(folder)).eval()

@@ -16,14 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.errors import ModelError
 from ..core.labels import Labels
-
-# %% ../../nbs/models/40_loading.ipynb #type-imports
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../../nbs/models/40_loading.ipynb #locate
 def locate(name: str | Path,  # "pocket", a folder, or a hub id
@@ -64,8 +60,8 @@ class Model:
     name: str  # as the caller gave it
     path: str  # a folder or a hub id
     task: str  # "classification"
-    tokenizer: "PreTrainedTokenizerBase"
-    config: "PretrainedConfig"
+    tokenizer: Any  # transformers' PreTrainedTokenizerBase
+    config: Any  # transformers' PretrainedConfig
     device: str  # "cuda", "mps" or "cpu"
     dtype: str  # of the frozen weights and of the arithmetic
     quantize: str | None = None  # "nf4", "int8" or None
@@ -131,7 +127,7 @@ def load_model(name: str | Path,  # "pocket", a folder, or a hub id
 def build_classifier(model: Model,  # what to load
                      labels: Labels,  # classes of the head, in order
                      seed: int = 0,  # of the new head
-                    ) -> "PreTrainedModel":
+                    ) -> Any:  # transformers' or peft's PreTrainedModel
     "Read the weights and put a fresh classification head on them."
     import torch
     from transformers import AutoModelForSequenceClassification
