@@ -70,7 +70,7 @@ def test_aps_with_and_without_coins(reference, halves):
     for sets in (tossed, plain):
         low, high = sets.law(len(sets))
         assert low <= sets.coverage(halves[1].y).value <= high
-    assert [round(reference[k]["size"], 1) for k in ("aps_rand_before", "aps_det_before")] == [1.2, 6.6]  # as 14_conformal says
+    assert [round(reference[k]["size"], 1) for k in ("aps_rand_before", "aps_det_before")] == [1.2, 6.6]  # as 140_conformal says
     assert plain.sizes.mean() == pytest.approx(reference["aps_det_before"]["size"], abs=0.01)
     assert plain.coverage(halves[1].y).value == pytest.approx(reference["aps_det_before"]["coverage"], abs=0.001)
     assert tossed.sizes.mean() == pytest.approx(reference["aps_rand_before"]["size"], abs=0.05)  # other coins
