@@ -43,7 +43,8 @@ class TrainingSection(Section):
     "How to tune it."
     lora: dict[str, Any] = Field(default_factory=lambda: {"r": 16})  # fields of PEFT's LoraConfig
     epochs: int = Field(3, ge=1)
-    learning_rate: float = Field(5e-4, gt=0)
+    learning_rate: float = Field(5e-4, gt=0)  # of the adapter
+    head_learning_rate: float | None = Field(None, gt=0)  # of the new head, 20 times that of the adapter where not given
     batch_size: int = Field(32, ge=1)
     max_length: int | None = Field(None, ge=2)  # tokens
     warmup: float = Field(0.06, ge=0, lt=1)  # share of the steps
