@@ -1,5 +1,10 @@
 __version__ = "0.1.0"
 
+import logging
+
+# on some processors it advises a download whenever it is imported, whether or not anything is quantized
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 _HOME = {  # public name -> the module that defines it; loaded at first use, so `import fine_tune_llm` stays cheap
     **dict.fromkeys(("FineTuneLLMError", "ConfigurationError", "DataError", "ModelError", "TrainingError", "InferenceError",
                      "AuditError", "RunError", "OverlapError", "TooFewRowsError"), "core.errors"),

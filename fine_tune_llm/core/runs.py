@@ -105,20 +105,21 @@ ENDS = {"run_finished": "finished", "run_stopped": "stopped", "run_failed": "fai
 
 def run_state(events: Sequence[Mapping[str, Any]],  # what happened
               commands: Sequence[Mapping[str, Any]] = (),  # what was asked for
-             ) -> str:  # created, running, stopping, finished, stopped or failed
+             ) -> str:  # created, running, paused, stopping, finished, stopped or failed
     "Derive the state of a run from its events and commands."
     last = next((e for e in reversed(events) if e["event"] == "run_started" or e["event"] in ENDS), None)
     if last is None: return "created"
     if last["event"] in ENDS: return ENDS[last["event"]]
     stops = {c["id"] for c in commands if c["command"] == "stop" and c["time"] >= last["time"]}
     if stops: stops -= {e["id"] for e in events if e["event"] == "command_refused"}
-    return "stopping" if stops else "running"
+    told = [e["command"] for e in events if e["event"] == "command_applied" and e["command"] in ("pause", "resume") and e["time"] >= last["time"]]
+    return "stopping" if stops else "paused" if told[-1:] == ["pause"] else "running"
 
 # %% ../../nbs/core/020_runs.ipynb #status-class
 @dataclass(frozen=True)
 class Status:
     "Hold what a person wants to know of a run at a glance."
-    state: str  # created, running, stopping, finished, stopped or failed
+    state: str  # created, running, paused, stopping, finished, stopped or failed
     step: int = 0  # optimiser steps done
     total: int = 0  # steps planned, 0 if not known
     percent: int = 0  # share done, rounded down
@@ -222,6 +223,9 @@ class Run:
     def commands(self) -> list[dict[str, Any]]: return self.control_tail.read()
     def pending(self) -> list[dict[str, Any]]: return unanswered(self.events(), self.commands())
     def stop(self) -> str: return self.command("stop")
+    def pause(self) -> str: return self.command("pause")
+    def resume(self) -> str: return self.command("resume")
+    def set(self, **values: float) -> str: return self.command("set", **values)  # learning_rate=, or times=
     def wait(self, timeout: float | None = None) -> str: return wait_for_end(self, timeout)
 
     def write_json(self, name: str, obj: Any) -> None:

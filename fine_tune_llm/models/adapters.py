@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigurationError
-from .loading import quiet, wait_politely
+from .loading import quiet
 
 # %% ../../nbs/models/410_adapters.ipynb #config
 def lora_config(lora: Mapping[str, Any],  # fields of PEFT's LoraConfig; `r` is the rank
@@ -20,7 +20,6 @@ def lora_config(lora: Mapping[str, Any],  # fields of PEFT's LoraConfig; `r` is 
     from difflib import get_close_matches
     from inspect import signature
 
-    wait_politely()
     from peft import LoraConfig
     known = list(signature(LoraConfig).parameters)
     for name in lora:

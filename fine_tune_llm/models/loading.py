@@ -9,7 +9,6 @@ __all__ = ['locate', 'wait_politely', 'plan_device', 'Model', 'quiet', 'explain_
 # %% ../../nbs/models/400_loading.ipynb #imports
 import contextlib
 import hashlib
-import logging
 import os
 import sys
 import warnings
@@ -36,9 +35,8 @@ def locate(name: str | Path,  # "pocket", a folder, or a hub id
 
 # %% ../../nbs/models/400_loading.ipynb #threads
 def wait_politely() -> None:
-    "Let the threads of torch sleep while they wait, if it is not loaded yet, and spare the reader a hint."
+    "Let the threads of torch sleep while they wait, if it is not loaded yet."
     if "torch" not in sys.modules: os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # else a hint on a download, whether or not anything is quantized
 
 # %% ../../nbs/models/400_loading.ipynb #plan
 def plan_device(device: str | None = None,  # "cuda", "mps", "cpu" or None to choose
