@@ -1,4 +1,4 @@
-"""A real browser watches a run in JupyterLab: the panel moves while training goes on, and a click on Stop stops it.
+"""A real browser watches a run in JupyterLab: the panel moves while training goes on, and a click on Stop stops it, a pause waits.
 
 Everything stays on this machine: the server listens on 127.0.0.1 at a free port, with a token and its own folders.
 FTLLM_SCREENSHOTS=folder keeps the pictures."""
@@ -116,7 +116,7 @@ def keep(page, what: str, name: str, width: int, theme: str, tmp_path: Path) -> 
     return folder / f"{name}.png"
 
 
-def test_panel_moves_and_stops(lab, browser, tmp_path):
+def test_panel_moves_and_is_steered(lab, browser, tmp_path):
     ready, token, root = lab
     address, folder = ready(), tmp_path / "run"
     write_notebook(root / "panel.ipynb", folder)
@@ -135,12 +135,25 @@ def test_panel_moves_and_stops(lab, browser, tmp_path):
     keep(page, ".ft-panel", "panel_running_1100", 1100, "JupyterLab Light", tmp_path)
     if os.environ.get("FTLLM_SCREENSHOTS"): keep(page, ".ft-panel", "panel_running_dark_640", 640, "JupyterLab Dark", tmp_path)
 
+    button = page.locator(".ft-pause")
+    button.click()
+    page.wait_for_function("document.querySelector('.ft-pause')?.textContent === 'Resume'")
+    assert run.state == "paused"
+    page.get_by_role("button", name="LR × 0.5").click()
+    page.wait_for_function("document.querySelector('.ft-live')?.textContent.includes('Learning rate × 0.5')")
+    if os.environ.get("FTLLM_SCREENSHOTS"): keep(page, ".ft-panel", "panel_paused_1100", 1100, "JupyterLab Light", tmp_path)
+    button.focus()
+    page.keyboard.press("Enter")  # no mouse is needed
+    page.wait_for_function("document.querySelector('.ft-pause')?.textContent === 'Pause'")
+    applied = run.events("command_applied")
+    assert [e["command"] for e in applied] == ["pause", "set", "resume"] and applied[1]["learning_rate"] * 2 == applied[1]["before"]
+
     page.locator(".ft-stop").click()
     picture = ".jp-OutputArea-output .look"  # at the end, a static picture takes the place of the panel
     ended = f"document.querySelector('{picture}')?.textContent.includes('Stopped, step')"
     page.wait_for_function(f"{ended} && !document.querySelector('.ft-panel')")
     assert run.wait(timeout=30) == "stopped" and run.events()[-1]["event"] == "run_stopped"
-    assert [c["command"] for c in run.commands()] == ["stop"] and run.verify().torn == 0
+    assert [c["command"] for c in run.commands()] == ["pause", "set", "resume", "stop"] and run.verify().torn == 0
     assert "applied" in page.locator(picture).inner_text() and (folder / run.events()[-1]["checkpoint"] / "manifest.json").exists()
 
     page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")

@@ -90,7 +90,7 @@ def marks(events: Sequence[Mapping[str, Any]],  # what happened
         k, e = bisect_right(data.times, c["time"]), answers.get(c["id"])
         asked = data.steps[k - 1] if k else 0
         values = [f"{name} {v}" for name, v in c.items() if name not in ("id", "time", "command")]
-        what = " ".join([c["command"], *values]).replace("_", " ").capitalize()
+        what = " ".join([c["command"], *values]).replace("_", " ").replace("set times", "learning rate \u00d7").capitalize()
         word = "requested" if e is None else e["event"].removeprefix("command_")
         step = e.get("step", asked) if e else asked
         told = {"requested": "the run ended before an answer" if over else "waits for the next step boundary",
