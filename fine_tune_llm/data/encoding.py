@@ -101,12 +101,13 @@ def encode_row(made: Rendering,
                special: Collection[int], tokenizer: Any,
               ) -> tuple[list[int], np.ndarray, bool]:  # (token ids, True where learned, whether sound)
     "Encode one row."
-    if made.marked: return list(made.marked[0]), np.array(made.marked[1], bool), True
     first = [] if made.whole else first
     eos = [tokenizer.eos_token_id] if made.ends == "token" and tokenizer.eos_token_id is not None else []
     full = [*first, *ids[made.text], *eos]
     answers = [([*first, *ids[a]], full if b == made.text else [*first, *ids[b]]) for a, b in made.answers]
-    return full, *mark(full, answers, special, tokenizer)
+    learn, sound = mark(full, answers, special, tokenizer)
+    if not sound and made.marked and list(made.marked[0]) == full: learn = np.array(made.marked[1], bool)
+    return full, learn, sound
 
 # %% ../../nbs/data/374_encoding.ipynb #encode-all
 def encode_chunks(renderings: Sequence[Rendering], tokenizer: Any) -> Iterator[tuple[list[int], np.ndarray, bool]]:
@@ -114,7 +115,7 @@ def encode_chunks(renderings: Sequence[Rendering], tokenizer: Any) -> Iterator[t
     first, special = affixes(tokenizer)[0], special_tokens(tokenizer)
     for at in range(0, len(renderings), 1000):
         chunk = renderings[at:at + 1000]
-        ids = tokenize([t for r in chunk if not r.marked for t in (r.text, *(t for pair in r.answers for t in pair))], tokenizer)
+        ids = tokenize([t for r in chunk for t in (r.text, *(t for pair in r.answers for t in pair))], tokenizer)
         for made in chunk: yield encode_row(made, ids, first, special, tokenizer)
 
 def encode_renderings(renderings: Sequence[Rendering],
