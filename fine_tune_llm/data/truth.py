@@ -240,7 +240,7 @@ def data_truth(rows: Any,  # path, plugin name, list of dicts, DataFrame, Datase
               ) -> DataTruth:
     "Find out which token of which row would be trained on, and refuse what would be lost."
     check_choice(cut=(cut, CUTS), on_cut=(on_cut, ("refuse", "drop", "keep")), on_bad_row=(on_bad_row, ("refuse", "quarantine")))
-    limit, chosen, source = longest_allowed(tokenizer, max_length), find_template(template), as_rows(rows)
+    chosen, limit, source = find_template(template), longest_allowed(tokenizer, max_length), as_rows(rows)
     made, kept, faults = render_rows(source, chosen, tokenizer)
     if on_bad_row == "refuse" or not made: refuse_faults(source, faults)
     e = encode_cached(made, tokenizer, cache)
