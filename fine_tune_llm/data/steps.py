@@ -36,7 +36,7 @@ INLINE = "a|abbr|b|code|em|font|i|mark|s|small|span|strong|sub|sup|u"
 
 def strip_html(text: str) -> str:
     "Take out tags, scripts, styles and comments, and turn entities back."
-    text = re.sub(r"(?is)<(script|style)\b[^<>]*>.*?</\1\s*>|<!--.*?-->", " ", text)
+    text = re.sub(r"(?is)<(script|style)\b[^<>]*>.*?</\1\s*>", " ", re.sub(r"(?s)<!--.*?-->", "", text))
     text = re.sub(rf"(?i)</?({INLINE})(\s[^<>]*)?/?>", "", text)
     return html.unescape(re.sub(r"</?[A-Za-z][^<>]*>", " ", text))
 
