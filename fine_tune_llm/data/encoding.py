@@ -95,6 +95,7 @@ def tokenize(texts: Collection[str], tokenizer: Any) -> dict[str, list[int]]:  #
     found = tokenizer(wanted, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if wanted else []
     return {"": [], **dict(zip(wanted, found))}
 
+# %% ../../nbs/data/374_encoding.ipynb #encode-row
 def encode_row(made: Rendering,
                ids: dict[str, list[int]],  # of its texts
                first: list[int],  # ids that go before every text
@@ -137,6 +138,7 @@ def tokenizer_hash(tokenizer: Any) -> str:  # 64 hex digits
     words = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return sha256(json.dumps([words, affixes(tokenizer), sorted(special_tokens(tokenizer)), tokenizer.eos_token_id]).encode()).hexdigest()
 
+# %% ../../nbs/data/374_encoding.ipynb #content
 def content_hash(renderings: Sequence[Rendering], tokenizer: Any) -> str:  # 64 hex digits
     "Hash all that decides an encoding."
     state = sha256(f"1 {tokenizer_hash(tokenizer)}\n".encode())
@@ -154,6 +156,7 @@ def load_encoded(path: Path) -> Encoded | None:  # None where there is no whole 
     fits = all(getattr(e, name).dtype == kind for name, kind in FIELDS.items()) and len(e.start) == len(e.prefix) + 1 == len(e.ends) + 1
     return e if fits and e.start[0] == 0 and e.start[-1] == len(e.ids) == len(e.learn) and (e.lengths >= 0).all() else None
 
+# %% ../../nbs/data/374_encoding.ipynb #cached
 def encode_cached(renderings: Sequence[Rendering], tokenizer: Any,
                   folder: str | Path | None,  # where encodings are kept; None: nowhere
                  ) -> Encoded:

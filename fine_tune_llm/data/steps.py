@@ -51,6 +51,7 @@ def iban(account: str) -> bool:  # True for a number that can be an account's
     plain = re.sub(r"\s", "", account).upper()
     return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
 
+# %% ../../nbs/data/380_steps.ipynb #pii-kinds
 PII: dict[str, tuple[str, Callable[[str], bool]]] = {  # kind -> (pattern, further check), in the order in which they are looked for
     "email": (r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+", lambda found: True),
     "iban": (r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b", iban),
@@ -58,6 +59,7 @@ PII: dict[str, tuple[str, Callable[[str], bool]]] = {  # kind -> (pattern, furth
     "ip": (r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.])", lambda found: all(int(n) < 256 for n in found.split("."))),
     "phone": (r"(?<![\w+])(?:\+\d|\(\d{2,5}\)|0\d)[\d ()/.-]{5,16}\d(?!\w)", lambda found: 7 <= len(re.sub(r"\D", "", found)) <= 15)}
 
+# %% ../../nbs/data/380_steps.ipynb #mask
 def hide(word: str, holds: Callable[[str], bool], found: re.Match[str]) -> str: return f"[{word}]" if holds(found[0]) else found[0]
 
 def mask_pii(text: str,
@@ -77,6 +79,7 @@ def some_places(n: int,  # places there are
     "Choose places, at least one where there is one."
     return sorted(rng.sample(range(n), min(n, max(1, round(share * n))))) if n > 0 else []
 
+# %% ../../nbs/data/380_steps.ipynb #drop
 def drop_words(text: str, rng: random.Random,
                share: float = .1,  # of the words that go
               ) -> str:
@@ -85,6 +88,7 @@ def drop_words(text: str, rng: random.Random,
     gone = set(some_places(len(words), share, rng)) if len(words) > 1 else set()
     return " ".join(w for i, w in enumerate(words) if i not in gone) or text
 
+# %% ../../nbs/data/380_steps.ipynb #swap
 def swap_letters(text: str, rng: random.Random,
                  share: float = .03,  # of the places between letters
                 ) -> str:
@@ -108,6 +112,7 @@ class Step:
     def adds(self) -> bool: return self.name in AUGMENTING  # True for a step that adds rows
     def function(self) -> Callable[..., str]: return {**CLEANING, **AUGMENTING}.get(self.name) or load_plugin("step", self.name)
 
+# %% ../../nbs/data/380_steps.ipynb #recipe-class
 @dataclass(frozen=True)
 class Recipe:
     "Hold the steps that texts go through."
@@ -127,6 +132,7 @@ def try_step(step: Step) -> None:
     try: step.function()("word", **({"rng": random.Random(0)} if step.adds else {}), **step.options)
     except (TypeError, ValueError) as e: raise ConfigurationError(f"the step {step.name!r} does not take {dict(step.options)}: {e}", fix="see its settings") from None
 
+# %% ../../nbs/data/380_steps.ipynb #make-recipe
 def recipe(*steps: Any,  # names, or pairs of a name and its settings
            seed: int = 0,  # of the augmentation
           ) -> Recipe:
@@ -139,6 +145,7 @@ def recipe(*steps: Any,  # names, or pairs of a name and its settings
     except TypeError as e: raise ConfigurationError(f"settings must be plain data: {e}") from None
     return Recipe(made, seed)
 
+# %% ../../nbs/data/380_steps.ipynb #clean
 def clean_text(recipe: Recipe, text: str) -> str:
     "Run the cleaning steps of a recipe on one text, as a service does with each new one."
     for step in recipe.steps:

@@ -116,6 +116,7 @@ def chat_marks(turns: Sequence[Mapping[str, Any]], tokenizer: Any,
     found = tokenizer.apply_chat_template(turns, chat_template=style, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     return tuple(found["input_ids"]), tuple(found["assistant_masks"])
 
+# %% ../../nbs/data/372_templates.ipynb #render-chat
 def render_chat(turns: Sequence[Mapping[str, Any]],  # a conversation
                 tokenizer: Any,  # with apply_chat_template
                 style: str | None,  # a Jinja template, or None for the tokenizer's
@@ -174,6 +175,7 @@ def render_rows(rows: Rows, template: Template,
             else: kept.append(i)
     return made, kept, faults
 
+# %% ../../nbs/data/372_templates.ipynb #refuse-faults
 def refuse_faults(rows: Rows,
                   faults: Mapping[int, str],  # position -> reason
                  ) -> None:

@@ -45,6 +45,7 @@ def run_step(step: Step, function: Callable[..., str], text: str,
     if not isinstance(found, str): raise DataError(f"the step {step.name!r} gave a {type(found).__name__}, not a text", where, "mend the step; nothing was changed")
     return found
 
+# %% ../../nbs/data/382_transforms.ipynb #run-cleaning
 def run_cleaning(steps: Functions, text: str, where: str) -> tuple[str, list[str]]:  # (text, names of steps that changed it)
     "Run cleaning steps on one text."
     done = []
@@ -193,12 +194,14 @@ def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         f.flush()
         os.fsync(f.fileno())
 
+# %% ../../nbs/data/382_transforms.ipynb #split-records
 def split_records(split: Split) -> list[dict[str, Any]]:
     "Write the rows of a split as plain data."
     groups: list[Any] = split.groups.to_dict("records") if split.groups is not None else [{}] * len(split)
     names = [split.labels[k] for k in split.y] if split.y is not None else [None] * len(split)
     return [{**g, "id": str(i), "text": t, "label": name, "split": split.name} for i, t, name, g in zip(split.ids, split.texts, names, groups)]
 
+# %% ../../nbs/data/382_transforms.ipynb #save-all
 def save_transformed(done: Transformed,
                      folder: Path,  # must not be there yet
                     ) -> Path:  # the folder
