@@ -76,7 +76,7 @@ def test_each_row_leads_to_its_line(tmp_path, form):
     data = load_data(file)
     done = transform(data, ALL, source=file)
     texts = dict(zip(data.train.ids, data.train.texts))
-    places = done.lineage[done.lineage["fate"] != "added"].drop_duplicates("origin").set_index("origin")["place"]
+    places = done.lineage[done.lineage["outcome"] != "added"].drop_duplicates("origin").set_index("origin")["place"]
     assert set(places.index) == set(data.train.ids) and places.nunique() == len(data.train)
     for origin, place in places.items():
         name, unit, number = place.replace(",", "").split()
@@ -86,10 +86,10 @@ def test_each_row_leads_to_its_line(tmp_path, form):
 def test_steps_are_told_where_they_changed_something():
     data = load_data(ROWS)
     lineage = transform(data, recipe("nfc", "strip_html", "mask_pii", "squeeze_blanks")).lineage
-    for origin, steps, fate in zip(lineage["origin"], lineage["steps"], lineage["fate"]):
+    for origin, steps, outcome in zip(lineage["origin"], lineage["steps"], lineage["outcome"]):
         text = data.train.texts[data.train.ids.tolist().index(origin)]
         expected = [name for name, hit in (("strip_html", "<" in text), ("mask_pii", "@" in text), ("squeeze_blanks", text.startswith((" ", "<p>")) or "\u00a0" in text)) if hit]
-        assert list(steps) == expected and fate == ("changed" if expected else "kept")
+        assert list(steps) == expected and outcome == ("changed" if expected else "kept")
 
 
 def test_copies_are_those_of_the_seed_and_the_row():
@@ -99,7 +99,7 @@ def test_copies_are_those_of_the_seed_and_the_row():
     for i, text in zip(data.train.ids, data.train.texts):
         words = text.split()
         gone = random.Random(f"0:9:{i}").sample(range(7), 2)
-        made = done.lineage.query("origin == @i and fate == 'added'")["id"]
+        made = done.lineage.query("origin == @i and outcome == 'added'")["id"]
         expected = " ".join(w for k, w in enumerate(words) if k not in gone)
         if len(made): assert done.data.train.texts[done.data.train.ids.tolist().index(made.iloc[0])] == expected
         else: assert expected in done.data.train.texts  # another row's copy came first
@@ -170,7 +170,7 @@ def test_saved_rows_load_as_the_same_splits(tmp_path):
     assert [s.ids.tolist() for s in again.splits] == [s.ids.tolist() for s in done.data.splits] and again.train.groups.equals(done.data.train.groups)
     assert recipe(*json.loads((folder / "recipe.json").read_text())["steps"], seed=5).hash == ALL.hash
     lines = [json.loads(line) for line in (folder / "lineage.jsonl").read_text().splitlines()]
-    assert len(lines) == len(done.lineage) and {line["fate"] for line in lines} == set(done.counts) and all(line["place"] for line in lines)
+    assert len(lines) == len(done.lineage) and {line["outcome"] for line in lines} == set(done.counts) and all(line["place"] for line in lines)
 
 
 # The steps
@@ -232,7 +232,7 @@ def test_a_leak_made_by_cleaning_is_set_aside(held):
     dirty = replace(data, train=replace(data.train, texts=[f"<i>{plain.upper()}</i>", *data.train.texts[1:]]))
     assert set(transform(dirty, recipe("nfc")).counts) == {"kept"}  # with its tag it is another text
     done = transform(dirty, recipe("strip_html"))
-    assert done.counts[held] == 1 and done.lineage.iloc[0]["fate"] == held and pd.isna(done.lineage.iloc[0]["id"])
+    assert done.counts[held] == 1 and done.lineage.iloc[0]["outcome"] == held and pd.isna(done.lineage.iloc[0]["id"])
     assert len(done.data.train) == len(data.train) - 1 and normalise(plain) not in map(normalise, done.data.train.texts)
     assert any(f"set aside by the recipe: 1 {held}" in note for note in done.data.notes)
 
@@ -243,5 +243,5 @@ def test_banking77_keeps_every_row():
     done = transform(data, recipe("nfc", "strip_html", "mask_pii", "squeeze_blanks"), source=SHARED / "intent/banking77_train.csv.gz")
     assert sum(done.counts.values()) == len(data.train) and set(done.counts) <= {"kept", "changed"}
     assert len(done.data.train) == len(data.train) and set(done.data.train.ids) == set(data.train.ids)  # blanks alone were changed
-    changed = done.lineage.query("fate == 'changed'")
+    changed = done.lineage.query("outcome == 'changed'")
     assert set(changed["steps"]) == {("squeeze_blanks",)} and len(changed) == sum(squeeze_blanks(t) != t for t in data.train.texts) > 0

@@ -24,7 +24,7 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}{{ '\\n' }}{{ m.conten
 MARKED = ("{% for m in messages %}<|im_start|>{{ m.role }}{{ '\\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
           "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}")
 THINKING = CHATML.replace("assistant{{ '\\n' }}{% endif %}", "assistant{{ '\\n' }}think{{ '\\n' }}{% endif %}")
-WORDS = [f"{k}{i}" for k in "qa" for i in range(40)] + ["user", "assistant", "system", "Label:", "card", "loan", "arrival", "think"]
+WORDS = [f"{k}{i}" for k in "qa" for i in range(40)] + ["user", "assistant", "system", "User:", "Assistant:", "Label:", "card", "loan", "arrival", "think"]
 
 
 def words_tokenizer(bos=True, pad_is_eos=False, template=CHATML):
@@ -97,6 +97,19 @@ def test_chat_map(bos, pad_is_eos):
     expect(both, 1, tokens, "mmmmmm" "mmmmmm" "mmmssm" "mmmmmmm" "mmmsssm")
     expect(last, 1, tokens, "mmmmmm" "mmmmmm" "mmmmmm" "mmmmmmm" "mmmsssm")
     assert both.table["end_supervised"][0] and both.table["prompt_is_prefix"][0] and both.table["bos"][0] == 0
+
+
+@KINDS
+def test_plain_chat_map(bos, pad_is_eos):
+    "The style for tokenizers without a chat template: BOS where the tokenizer puts it, the end token behind each answer."
+    turns = [{"role": r, "content": c} for r, c in (("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2 a3"))]
+    t = words_tokenizer(bos, pad_is_eos, template=None)
+    truth = data_truth([{"messages": turns}], t, "chat-plain")
+    cut = 0 if bos else 1
+    expect(truth, 1, "<s> User: q1 ¶ Assistant: a1 </s> ¶ User: q2 ¶ Assistant: a2 a3 </s> ¶".split(" ", cut)[-1], "mmmmmssmmmmmsssm"[cut:])
+    with pytest.raises(ConfigurationError, match="no chat template"): data_truth([{"messages": turns}], t)
+    t.eos_token, t.pad_token = None, "<pad>"
+    assert any("not taught to stop" in n for n in data_truth([{"messages": turns}], t, "chat-plain").notices)
 
 
 @KINDS
@@ -239,7 +252,7 @@ CASES = st.one_of(st.tuples(st.just("completion"), st.lists(ROW, min_size=1, max
                   st.tuples(st.just("chat-plain"), st.lists(CHAT, min_size=1, max_size=4)), st.tuples(st.just("label-words"), st.lists(LABELLED, min_size=1, max_size=5)))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(CASES, st.sampled_from(list(TOKENIZERS)), st.integers(1, 40), st.sampled_from(CUTS), st.sampled_from(["keep", "drop"]))
 def test_fates_partition_every_sequence(case, kind, max_length, cut, on_cut):
     template, rows = case
@@ -258,7 +271,7 @@ def test_fates_partition_every_sequence(case, kind, max_length, cut, on_cut):
     assert (stays[full] == max_length).all()  # no more is cut than must be
     examples = list(truth.examples())
     assert len(examples) == s["kept"] and sum(x != -100 for e in examples for x in e["labels"]) == s["supervised_tokens"]
-    if on_cut == "drop": assert not (table["kept"] & table["answer_cut"]).any()
+    if on_cut == "drop": assert (table["kept"] == ~table["answer_cut"]).all()  # a cut prompt is no reason
     if cut != "end":  # an answer is cut only if it does not fit with what is never cut
         fits = (table["tokens"] <= max_length) | (table["answer_tokens"] + table["bos"] <= max_length) & (template in ("completion", "label-words"))
         assert not table["answer_cut"][fits].any()
