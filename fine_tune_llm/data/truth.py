@@ -138,7 +138,7 @@ def find_notices(truth: DataTruth) -> list[str]:  # one sentence each
     findings = (("what stands before an answer is not a prefix of the whole, in tokens: the loss begins where the two part", np.flatnonzero(~t["prompt_is_prefix"])),
                 ("no end token closes the answer: the model is not taught to stop", open_ends),
                 ("more than one BOS token stands in front: the template and the tokenizer both add it", np.flatnonzero(t["bos"] > 1)),
-                ("the row is dropped", np.flatnonzero(~t["kept"])), ("the answer is kept without its end", np.flatnonzero(t["kept"] & t["answer_cut"])))
+                ("nothing is trained on: they are dropped", np.flatnonzero(~t["kept"])), ("the answer is kept without its end", np.flatnonzero(t["kept"] & t["answer_cut"])))
     for what, found in findings:
         if len(found): told.append(f"In {len(found)} of {len(t)} rows {what} ({at(truth.rows, found.tolist())}).")
     if token.pad_token_id is not None and token.pad_token_id == token.eos_token_id:
@@ -168,6 +168,7 @@ def as_rows(source: Any,  # a `Split`, or anything that `read_source` takes
            ) -> Rows:
     "Read rows; of a split, its texts and labels."
     if not isinstance(source, Split): return read_source(source)
+    if not len(source): raise DataError("no rows", source.name, "give at least one row")
     names = [source.labels[k] for k in source.y] if source.y is not None else [None] * len(source)
     return Rows(source.name, pd.DataFrame({"text": source.texts, "label": names}, dtype=object), list(range(1, len(source) + 1)))
 
