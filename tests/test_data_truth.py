@@ -281,10 +281,17 @@ def test_fates_partition_every_sequence(case, kind, max_length, cut, on_cut):
 @given(st.lists(ROW, min_size=1, max_size=6), st.integers(1, 24), st.sampled_from(CUTS))
 def test_refused_if_and_only_if_an_answer_loses_a_token(rows, max_length, cut):
     t = TOKENIZERS[True, True]
-    lost = data_truth(rows, t, "completion", max_length=max_length, cut=cut, on_cut="keep").table["answer_cut"]
+    table = data_truth(rows, t, "completion", max_length=max_length, cut=cut, on_cut="keep").table
+    lost, whole = table["answer_cut"], (table["answer_cut"] & (table["dropped"] > 0)).sum()
     try: data_truth(rows, t, "completion", max_length=max_length, cut=cut)
-    except DataError as e: assert f"cuts {lost.sum()} of {len(rows)} answers" in str(e) and lost.any()
+    except DataError as e: assert f"cuts {lost.sum()} of {len(rows)} answers: {lost.sum() - whole} lose their end, {whole} are lost whole;" in str(e) and lost.any()
     else: assert not lost.any()
+
+
+def test_one_token_left_is_no_answer_lost_whole():
+    rows = [{"prompt": "q1 q2", "completion": " a1 a2"}]
+    for n, told in (4, "1 lose their end, 0 are lost whole"), (3, "0 lose their end, 1 are lost whole"):
+        with pytest.raises(DataError, match=told): data_truth(rows, words_tokenizer(), "completion", max_length=n)
 
 
 def test_the_advice_in_the_message_works():
