@@ -141,6 +141,19 @@ def test_thinking_template_is_no_prefix():
     assert not truth.table["prompt_is_prefix"][0]
 
 
+def test_answer_that_changes_once_the_talk_goes_on():
+    "A template that takes out earlier thoughts: by comparison the first answer is lost to the loss; marks of the template, where it has them, keep it. Told in both."
+    said = "m.content if loop.last else m.content.split('think ')[-1]"
+    marked = MARKED.replace("{% generation %}{{ m.content }}", "{% generation %}{{ " + said + " }}") + "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
+    turns = [{"role": r, "content": c} for r, c in (("user", "q1"), ("assistant", "think a1"), ("user", "q2"), ("assistant", "think a2"))]
+    tokens = "<|im_start|> user ¶ q1 <|im_end|> ¶ <|im_start|> assistant ¶ a1 <|im_end|> ¶ <|im_start|> user ¶ q2 <|im_end|> ¶ <|im_start|> assistant ¶ think a2 <|im_end|> ¶"
+    t = words_tokenizer()
+    for style, first in (marked, "ss"), (marked.replace("{% generation %}", "").replace("{% endgeneration %}", ""), "mm"):
+        truth = data_truth([{"messages": turns}], t, chat(style=style))
+        expect(truth, 1, tokens, "mmmmmm" "mmm" + first + "m" "mmmmmm" "mmmsssm")
+        assert not truth.table["prompt_is_prefix"][0] and "In 1 of 1 rows what stands before" in truth.notices[0]
+
+
 def test_double_bos_is_told():
     t = words_tokenizer()
     truth = data_truth([{"prompt": "<s> q1", "completion": " a1"}, {"prompt": "q1", "completion": " a1"}], t, "completion")
