@@ -97,11 +97,14 @@ def estimator_dict(estimator: Any,  # fitted, with a `kind`
     require_fitted(estimator)
     return {"kind": estimator.kind, "version": 1, **{k.removesuffix("_"): plain(v) for k, v in vars(estimator).items()}}
 
-def estimator_from(cls: type[Estimator], value: Mapping[str, Any]) -> Estimator:
+def estimator_from(cls: type[Estimator],
+                   value: Mapping[str, Any],  # what `estimator_dict` gave
+                   noted: tuple[str, ...] = NOTED,  # learned values that the class does not annotate
+                  ) -> Estimator:  # fitted
     "Rebuild a fitted estimator from plain values."
     estimator, hints = cls(), vars(cls).get("__annotations__", ())
     found = {k: v for k, v in expect_kind(value, vars(cls)["kind"]).items() if k not in ("kind", "version")}
-    names = {**{k.removesuffix("_"): k for k in (*hints, *NOTED)}, **{k: k for k in vars(estimator)}}
+    names = {**{k.removesuffix("_"): k for k in (*hints, *noted)}, **{k: k for k in vars(estimator)}}
     if odd := sorted(found.keys() ^ names.keys()):
         raise DataError(f"{'missing' if odd[0] in names else 'unknown'} value in a file of {cls.__name__}", where=f"key {odd[0]}")
     for k, v in found.items(): setattr(estimator, names[k], unplain(v))
