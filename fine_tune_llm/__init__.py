@@ -7,6 +7,7 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     "Predictions": "uncertainty.predictions",
     **dict.fromkeys(("Estimate", "accuracy", "nll", "brier", "ece"), "uncertainty.metrics"),
     "TemperatureScaling": "uncertainty.calibration",
+    "AdaptiveConformal": "uncertainty.online", "ExchangeabilityMonitor": "uncertainty.monitor",
     **dict.fromkeys(("choose_calibrator", "load_calibrator"), "uncertainty.calibration_choice"),
     **dict.fromkeys(("IsotonicCalibration", "HistogramBinning"), "uncertainty.calibration_steps"),
     **dict.fromkeys(("PlattScaling", "BetaCalibration"), "uncertainty.calibration_curves"),
