@@ -67,8 +67,7 @@ def best_beta(logp: np.ndarray,  # log probabilities, shape [n, K]
     for _ in range(100):
         _, slope, curve = nll_terms(beta, logp, y)
         low, high = (beta, high) if slope < 0 else (low, beta)
-        bend = beta * curve + slope
-        step = -slope / bend if bend > 0 else np.inf
+        step = -slope / (beta * curve + max(slope, 0.0) + 1e-300)
         new = float(beta * np.exp(np.clip(step, -20, 20)))
         if abs(step) < 1e-7: return new  # the error of a Newton step is the square of its length
         beta = new if low < new < high else float(np.sqrt(low * high))
