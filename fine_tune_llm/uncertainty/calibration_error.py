@@ -136,8 +136,8 @@ def calibration_error(x: Predictions | CalibrationState,
                      ) -> Estimate:  # between 0 and 1, with `null`
     "Estimate a calibration error of the answers, whichever."
     if norm not in ("l1", "l2", "max"): raise ConfigurationError(f"unknown norm {norm!r}", fix="one of l1, l2, max")
-    n = x.n if isinstance(x, CalibrationState) else len(x)
-    if n == 0 and sums_of(x, bins, kind).shape: return Estimate(np.nan, 0.0, 1.0, 0, name, "percentile bootstrap", check_level(level))
+    n, level = x.n if isinstance(x, CalibrationState) else len(x), check_level(level)
+    if n == 0 and sums_of(x, bins, kind).shape: return Estimate(np.nan, 0.0, 1.0, 0, name, "percentile bootstrap", level)
     sums, others, null = worlds(x, bins, kind, n_boot, seed)
     rows, c, _ = sums.sum(axis=1)
     value = float(error_size(rows, sums[0, 1] - c, c, norm, debiased))

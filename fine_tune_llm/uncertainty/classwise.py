@@ -53,10 +53,10 @@ def classwise_ece(preds: Predictions,
                   level: float = 0.95,  # confidence of the interval, between 0 and 1
                  ) -> Estimate:  # between 0 and 1, with `null`
     "Estimate the calibration error of each class's probability, averaged over the classes."
-    (n, k), rng = (len(preds), len(preds.labels)), np.random.default_rng(seed)
+    (n, k), rng, level = (len(preds), len(preds.labels)), np.random.default_rng(seed), check_level(level)
     y, p = preds.require_y("a calibration error"), preds.probabilities
     edges_of(p[:0, 0], bins, kind)
-    if n == 0: return Estimate(np.nan, 0.0, 1.0, 0, "classwise ece", "percentile bootstrap", check_level(level))
+    if n == 0: return Estimate(np.nan, 0.0, 1.0, 0, "classwise ece", "percentile bootstrap", level)
     def sizes(weights: np.ndarray, gaps: np.ndarray) -> np.ndarray:
         parts = np.array_split(weights, 1 + len(weights) * gaps.shape[1] // 2**20)
         return np.concatenate([np.abs(w @ gaps).sum(axis=1) for w in parts]) / (n * k)

@@ -102,7 +102,7 @@ def around(name: str,  # of the metric
     if n < 2: return Estimate(value if n else np.nan, least, np.inf, n, name, how, level)
     half = z * float(np.std(psi, ddof=1)) / np.sqrt(n)
     high = value + half if r.own.any() else max(value, rate(0, n, level=level).high)
-    return Estimate(value, max(least, value - half), high, n, name, how, level)
+    return Estimate(value, float(max(least, value - half)), float(high), n, name, how, level)
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #oracle
 def oracle_aurc(errors: int,  # wrong rows, 0 to n
@@ -162,7 +162,7 @@ def prr(preds: Predictions,
     if not 0 < max_rejection <= 1: raise ConfigurationError(f"max_rejection must lie above 0 and be at most 1, got {max_rejection}")
     n, r = len(preds), chosen(preds, score, loss)
     own, v = r.own[np.argsort(r.rows)], risk_weights(n, max(1, int(max_rejection * n + 1e-9)))
-    best, random = ranking(-own, own), float(own.mean()) if n else np.nan
+    best, random = ranking(-own, own), float(r.own.mean()) if n else np.nan
     to_go = random - area(best, v)
     if not to_go > 1e-12: return Estimate(np.nan, -np.inf, 1.0, n, "prr", "infinitesimal jackknife", check_level(level))
     ratio = (random - area(r, v)) / to_go

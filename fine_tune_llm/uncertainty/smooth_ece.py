@@ -60,9 +60,9 @@ def smooth_ece(preds: Predictions,
                level: float = 0.95,  # confidence of the interval, between 0 and 1
               ) -> Estimate:  # between 0 and 1, with `null`
     "Estimate the smooth calibration error of the answers."
-    n, rng = len(preds), np.random.default_rng(seed)
+    n, rng, level = len(preds), np.random.default_rng(seed), check_level(level)
     gaps, squares, noise = on_grid(*outcomes(preds))
-    if n == 0: return Estimate(np.nan, 0.0, 1.0, 0, "smooth ece", "bootstrap on a grid", check_level(level))
+    if n == 0: return Estimate(np.nan, 0.0, 1.0, 0, "smooth ece", "bootstrap on a grid", level)
     def sizes(mean: np.ndarray, variance: np.ndarray, m: int, steps: int) -> np.ndarray:
         draws = mean + np.sqrt(variance) * rng.normal(size=(m, CELLS))
         return fixed_width(dct(draws, norm="ortho") / n, steps)
