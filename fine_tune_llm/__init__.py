@@ -6,6 +6,7 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     "Labels": "core.labels", "Run": "core.runs",
     "Predictions": "uncertainty.predictions",
     **dict.fromkeys(("Estimate", "accuracy", "nll", "brier", "ece"), "uncertainty.metrics"),
+    **dict.fromkeys(("Interval", "CalibrationState", "mce", "classwise_ece", "smooth_ece", "aurc", "augrc", "prr"), "uncertainty.metrics"),
     "TemperatureScaling": "uncertainty.calibration",
     **dict.fromkeys(("ConformalClassifier", "PredictionSets"), "uncertainty.conformal"),
     **dict.fromkeys(("DecisionPolicy", "Decisions"), "uncertainty.risk"),
