@@ -21,7 +21,7 @@ from fine_tune_llm.uncertainty.metrics import CalibrationState, Estimate, Interv
 from fine_tune_llm.uncertainty.predictions import Predictions
 from fine_tune_llm.uncertainty.reliability import binned, outcomes, sums_of
 from fine_tune_llm.uncertainty.selective import ranking
-from fine_tune_llm.uncertainty.smooth_ece import fixed_width, on_grid
+from fine_tune_llm.uncertainty.smooth_ece import CELLS, fixed_width, on_grid
 from fine_tune_llm.uncertainty.streaming import bin_sums
 
 LABELS = Labels(("a", "b", "c"))
@@ -232,6 +232,20 @@ def test_sums_and_rows_draw_the_same_worlds():
         assert np.allclose(a[:, big].mean(axis=0), b[:, big].mean(axis=0), rtol=0.05, atol=2.5)
         assert np.allclose(a[:, big].std(axis=0), b[:, big].std(axis=0), rtol=0.15, atol=0.3)
     assert np.allclose(null_gaps_rows(place, c, 15, 400, rng)[:, big].std(axis=0), null_gaps(sums, 4000, rng)[:, big].std(axis=0), rtol=0.15)
+
+
+def test_equal_gaps_have_no_spread():
+    """All wrong at 0.4, all right at 0.9: another sample changes the counts and nothing else."""
+    halves = bin_sums(np.repeat([0.4, 0.9], 100), np.repeat([False, True], 100), 2)
+    rows, gap, _ = resampled(halves, 50, np.random.default_rng(0))
+    assert np.allclose(gap, rows * [-0.4, 0.1], atol=1e-5)
+
+
+def test_the_grid_keeps_the_centre_of_the_gaps():
+    rng = np.random.default_rng(0)
+    c, right = rng.uniform(0.01, 0.99, 500), rng.random(500) < 0.7
+    centres = (np.arange(CELLS) + 0.5) / CELLS
+    assert on_grid(c, right)[0] @ centres == pytest.approx(((right - c) * c).sum(), rel=1e-9)
 
 
 def test_bootstrap_interval_of_a_miscalibrated_model_holds():
