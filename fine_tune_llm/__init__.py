@@ -11,6 +11,7 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     "Labels": "core.labels", "Run": "core.runs",
     "Predictions": "uncertainty.predictions",
     **dict.fromkeys(("Estimate", "accuracy", "nll", "brier", "ece"), "uncertainty.metrics"),
+    **dict.fromkeys(("Interval", "CalibrationState", "mce", "classwise_ece", "smooth_ece", "aurc", "augrc", "prr"), "uncertainty.metrics"),
     "TemperatureScaling": "uncertainty.calibration",
     "AdaptiveConformal": "uncertainty.online", "ExchangeabilityMonitor": "uncertainty.monitor",
     **dict.fromkeys(("choose_calibrator", "load_calibrator"), "uncertainty.calibration_choice"),
