@@ -926,4 +926,12 @@ d = { 'settings': { 'branch': 'main',
                                                 'fine_tune_llm.uncertainty.risk.risk_p_value': ( 'uncertainty/risk.html#risk_p_value',
                                                                                                  'fine_tune_llm/uncertainty/risk.py'),
                                                 'fine_tune_llm.uncertainty.risk.row_costs': ( 'uncertainty/risk.html#row_costs',
-                                                                                              'fine_tune_llm/uncertainty/risk.py')}}}
+                                                                                              'fine_tune_llm/uncertainty/risk.py')},
+            'fine_tune_llm.uncertainty.testing': { 'fine_tune_llm.uncertainty.testing.bonferroni': ( 'uncertainty/testing.html#bonferroni',
+                                                                                                     'fine_tune_llm/uncertainty/testing.py'),
+                                                   'fine_tune_llm.uncertainty.testing.fixed_sequence': ( 'uncertainty/testing.html#fixed_sequence',
+                                                                                                         'fine_tune_llm/uncertainty/testing.py'),
+                                                   'fine_tune_llm.uncertainty.testing.holm': ( 'uncertainty/testing.html#holm',
+                                                                                               'fine_tune_llm/uncertainty/testing.py'),
+                                                   'fine_tune_llm.uncertainty.testing.p_values': ( 'uncertainty/testing.html#p_values',
+                                                                                                   'fine_tune_llm/uncertainty/testing.py')}}}
