@@ -104,9 +104,7 @@ class Decisions:
         refuse_overlap(self.ids, {"the risk certificate": self.calibration_ids}, "a selective risk")
         return rate(int((self.action != y)[~self.abstained].sum()), int((~self.abstained).sum()), "selective risk", level)
 
-    def risk(self, y: np.ndarray, level: float = 0.95) -> Estimate:
-        "Estimate the selective risk, for true classes `y`."
-        return self.selective_risk(y, level)
+    risk = selective_risk
 
     def mean_cost(self, y: np.ndarray, level: float = 0.95) -> Estimate:
         "Estimate what a row costs, for true classes `y`."

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_settings', 'answer_losses', 'outlook', 'Certificate', 'find_certificate', 'room_price', 'promise',
-           'room_promise', 'learn_policy', 'DecisionPolicy', 'Decisions', 'cost_against_always']
+           'room_promise', 'unlimited', 'learn_price', 'learn_risk', 'learn_policy', 'DecisionPolicy', 'decide',
+           'to_values', 'from_values', 'Decisions', 'cost_against_always']
 
 # %% ../../nbs/uncertainty/155_risk.ipynb #imports
 from collections.abc import Mapping
@@ -124,32 +125,66 @@ def room_promise(max_abstention: float | None,  # share of rows that may go with
     if not roomy: return f" The limit of {max_abstention:.1%} on abstentions is not met."
     return f" At most {max_abstention:.1%} of rows go without an answer, except with probability {delta:g} over calibration sets."
 
+# %% ../../nbs/uncertainty/155_risk.ipynb #blank
+def unlimited(abstain_cost: float | None,  # cost of asking a person
+             ) -> dict[str, Any]:  # learned values by name
+    "Give what a policy without limits knows."
+    return {"threshold_": 0.0, "feasible_": True, "roomy_": True, "n_": 0, "ids_": (), "void_": "", "price_": abstain_cost,
+            "certified_risk_": None, "certified_coverage_": None, "coverage_low_": None}
+
+# %% ../../nbs/uncertainty/155_risk.ipynb #learn-price
+def learn_price(preds: Predictions,
+                costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
+                s: "DecisionPolicy",  # the settings
+               ) -> dict[str, Any]:  # learned values by name
+    "Find the price of a person that keeps a limit on abstentions."
+    if s.abstain_cost is None or s.max_abstention is None: return {}
+    price = room_price(weigh(preds, costs, None).cost, s.abstain_cost, s.max_abstention, s.delta)
+    return {"price_": price if price < np.inf else None}
+
+# %% ../../nbs/uncertainty/155_risk.ipynb #learn-risk
+def learn_risk(preds: Predictions,
+               y: np.ndarray,  # true classes, shape [n]
+               costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
+               s: "DecisionPolicy",  # the settings
+               max_risk: float,  # share of wrong answers, or mean cost
+              ) -> dict[str, Any]:  # learned values by name
+    "Find the threshold that keeps a limit on the risk."
+    order = np.argsort(preds.ids, kind="stable")
+    w = weigh(preds.take(order), costs, s.abstain_cost)
+    losses, unit = answer_losses(w, y[order], costs, s.loss)
+    if not max_risk < unit: raise ConfigurationError(f"max_risk must lie below the largest cost, {unit:g}, got {max_risk}")
+    c = find_certificate(w, losses, max_risk / unit, s.delta, s.max_abstention)
+    return {"threshold_": c.threshold, "feasible_": c.feasible, "roomy_": c.roomy, "coverage_low_": c.coverage_low,
+            "certified_risk_": max_risk if c.threshold < np.inf else None, "certified_coverage_": c.coverage}
+
 # %% ../../nbs/uncertainty/155_risk.ipynb #learn
 def learn_policy(preds: Predictions,
                  costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
                  s: "DecisionPolicy",  # the settings
                  accept: str,  # why rows that were used before will do; "" if they must not
                 ) -> dict[str, Any]:  # learned values by name
-    "Find the price and the threshold that keep the promises of a policy."
+    "Find the price and the threshold that keep the limits of a policy."
+    found = unlimited(s.abstain_cost)
+    if s.max_risk is None and s.max_abstention is None: return found
     purpose = "a limit on abstentions" if s.max_risk is None else "a risk certificate"
-    void = preds.refuse_overlap(purpose, accept)
-    found = {"void_": void, "n_": len(preds), "ids_": tuple(preds.ids.tolist())}
-    if s.max_risk is None:
-        if s.abstain_cost is None: return found
-        price = room_price(weigh(preds, costs, None).cost, s.abstain_cost, s.max_abstention or 1.0, s.delta)
-        return {**found, "price_": price if price < np.inf else None}
-    preds = preds.take(np.argsort(preds.ids, kind="stable"))  # an order that ignores losses, whatever order the rows came in
-    y, w = fresh_truth(preds, purpose, accept=accept), weigh(preds, costs, s.abstain_cost)
-    losses, unit = answer_losses(w, y, costs, s.loss)
-    if not s.max_risk < unit: raise ConfigurationError(f"max_risk must lie below the largest cost, {unit:g}, got {s.max_risk}")
-    c = find_certificate(w, losses, s.max_risk / unit, s.delta, s.max_abstention)
-    risk = s.max_risk if c.threshold < np.inf and not void else None
-    return {**found, "threshold_": c.threshold, "feasible_": c.feasible, "roomy_": c.roomy, "certified_risk_": risk,
-            "certified_coverage_": c.coverage, "coverage_low_": c.coverage_low}
+    found |= {"void_": preds.refuse_overlap(purpose, accept), "n_": len(preds), "ids_": tuple(preds.ids.tolist())}
+    if s.max_risk is None: return found | learn_price(preds, costs, s)
+    found |= learn_risk(preds, fresh_truth(preds, purpose, accept=accept), costs, s, s.max_risk)
+    return found | ({"certified_risk_": None} if found["void_"] else {})
 
 # %% ../../nbs/uncertainty/155_risk.ipynb #policy
 class DecisionPolicy:
     "Answer at the least cost, abstain where a person is cheaper, and certify the risk of the answers."
+    threshold_: float  # probability of the answer from which on it is given; +inf for never
+    feasible_: bool; roomy_: bool  # whether all promises are certified; whether the one on abstentions is
+    price_: float | None  # expected cost from which on a person is asked
+    certified_risk_: float | None  # the promise, where it is certified
+    certified_coverage_: float | None  # share of calibration rows that are answered
+    coverage_low_: float | None  # bound on the share of rows to come that will be
+    void_: str  # why there is no guarantee, "" where there is
+    n_: int; ids_: tuple[str, ...]; labels_: Labels; costs_: list[list[float]]  # rows used, their ids, the classes, the matrix
+
     def __init__(self, costs: ArrayLike | Labels | None = None,  # K rows (true class) of K costs (answer); `Labels` for their weights; `None` for 0 and 1
                  abstain_cost: float | None = None,  # cost of asking a person; `None` never abstains for its price
                  max_risk: float | None = None,  # share of wrong answers, or mean cost, to promise; `None` promises nothing
@@ -162,17 +197,13 @@ class DecisionPolicy:
 
     def outlook(self, preds: Predictions) -> str:
         "Say what the limit on the risk will take at least, before calibrating; best on validation rows."
-        if self.max_risk is None: return "No risk is promised."
-        costs = cost_array(self.costs, len(preds.labels))
-        return outlook(preds, costs, self.max_risk, self.delta, self.max_abstention, self.loss)
+        if self.max_risk is None: return promise(None, self.delta, 0.0, 0)
+        return outlook(preds, cost_array(self.costs, len(preds.labels)), self.max_risk, self.delta, self.max_abstention, self.loss)
 
     def fit(self, preds: Predictions, accept_overlap: str = "") -> "DecisionPolicy":
         "Certify on fresh rows; without a limit to keep, only the labels are taken from them."
         self.costs_, self.labels_ = cost_array(self.costs, len(preds.labels)).tolist(), preds.labels
-        self.threshold_, self.feasible_, self.roomy_, self.n_, self.ids_, self.void_ = 0.0, True, True, 0, (), ""
-        self.price_, self.certified_risk_, self.certified_coverage_, self.coverage_low_ = self.abstain_cost, None, None, None
-        if self.max_risk is None and self.max_abstention is None: return self
-        for name, value in learn_policy(preds, np.asarray(self.costs_), self, accept_overlap).items(): setattr(self, name, value)
+        vars(self).update(learn_policy(preds, np.asarray(self.costs_), self, accept_overlap))
         return self
 
     @property
@@ -180,43 +211,50 @@ class DecisionPolicy:
         "Say what may be relied on."
         require_fitted(self)
         if self.void_: return f"{self.void_[0].upper()}{self.void_[1:]}."
-        text = promise(self.max_risk, self.delta, self.threshold_, self.n_, self.loss)
-        return text + room_promise(self.max_abstention, self.roomy_ and self.threshold_ < np.inf, self.delta)
+        return (promise(self.max_risk, self.delta, self.threshold_, self.n_, self.loss)
+                + room_promise(self.max_abstention, self.roomy_ and self.threshold_ < np.inf, self.delta))
 
     def decide(self, preds: Predictions) -> Decisions:
         "Choose an action for each row."
         require_fitted(self)
-        if preds.labels.names != self.labels_.names:
-            raise ConfigurationError("the labels are not those of the policy", fix="decide with the same classes in the same order")
-        w = weigh(preds, np.asarray(self.costs_), self.price_)
-        action = np.where(w.paid & (w.p >= self.threshold_), w.answer, -1)
-        return Decisions(action, w.answer, w.cost, preds.ids, preds.labels, np.asarray(self.costs_), self.abstain_cost,
-                         frozenset(self.ids_), self.promise)
+        return decide(self, preds)
 
-    def __repr__(self) -> str:
-        return f"DecisionPolicy({self.promise if hasattr(self, 'labels_') else 'not fitted'})"
-
-    def to_dict(self) -> dict[str, Any]:
-        "Give the settings and what was learned as plain values."
-        require_fitted(self)
-        value = {**vars(self), "costs": self.costs_, "labels_": asdict(self.labels_)}
-        return {"kind": "policy", "version": 1, **value, "threshold_": self.threshold_ if self.threshold_ < np.inf else None}
+    def __repr__(self) -> str: return f"DecisionPolicy({self.promise if hasattr(self, 'labels_') else 'not fitted'})"
+    def to_dict(self) -> dict[str, Any]: return to_values(self)
+    def save(self, path: str | Path) -> None: save_json(path, self.to_dict())
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "DecisionPolicy":
-        "Rebuild a policy from plain values."
-        self = cls(expect_kind(value, "policy")["costs"])
-        old = {"void_": "", "roomy_": True, "price_": value["abstain_cost"], "coverage_low_": None}  # files before these were kept
-        vars(self).update({k: v for k, v in {**old, **value}.items() if k not in ("kind", "version")})
-        self.labels_, self.ids_ = labels_from(value["labels_"]), tuple(value["ids_"])
-        self.threshold_ = np.inf if self.threshold_ is None else self.threshold_  # JSON has no infinity
-        return self
-
-    def save(self, path: str | Path) -> None:
-        "Write one JSON file."
-        save_json(path, self.to_dict())
+    def from_dict(cls, value: Mapping[str, Any]) -> "DecisionPolicy": return from_values(cls(), value)
 
     @classmethod
-    def load(cls, path: str | Path) -> "DecisionPolicy":
-        "Read what `save` wrote."
-        return cls.from_dict(load_json(path))
+    def load(cls, path: str | Path) -> "DecisionPolicy": return cls.from_dict(load_json(path))
+
+# %% ../../nbs/uncertainty/155_risk.ipynb #decide
+def decide(policy: DecisionPolicy,  # fitted
+           preds: Predictions,
+          ) -> Decisions:
+    "Give each row its answer, or -1 where it is not worth its cost or not sure enough."
+    if preds.labels.names != policy.labels_.names:
+        raise ConfigurationError("the labels are not those of the policy", fix="decide with the same classes in the same order")
+    costs = np.asarray(policy.costs_)
+    w = weigh(preds, costs, policy.price_)
+    action = np.where(w.paid & (w.p >= policy.threshold_), w.answer, -1)
+    return Decisions(action, w.answer, w.cost, preds.ids, preds.labels, costs, policy.abstain_cost, frozenset(policy.ids_), policy.promise)
+
+# %% ../../nbs/uncertainty/155_risk.ipynb #to-values
+def to_values(policy: DecisionPolicy) -> dict[str, Any]:
+    "Give the settings of a policy and what it learned as plain values."
+    require_fitted(policy)
+    value = {**vars(policy), "costs": policy.costs_, "labels_": asdict(policy.labels_)}
+    return {"kind": "policy", "version": 1, **value, "threshold_": policy.threshold_ if policy.threshold_ < np.inf else None}
+
+def from_values(policy: DecisionPolicy,  # a new one, to be filled
+                value: Mapping[str, Any],  # what `to_values` gave
+               ) -> DecisionPolicy:  # the same object
+    "Rebuild a policy from plain values."
+    known = {k: v for k, v in expect_kind(value, "policy").items() if k not in ("kind", "version")}
+    known |= {k: v for k, v in unlimited(value["abstain_cost"]).items() if k not in known}
+    vars(policy).update(known)
+    policy.labels_, policy.ids_ = labels_from(value["labels_"]), tuple(value["ids_"])
+    policy.threshold_ = np.inf if value["threshold_"] is None else value["threshold_"]
+    return policy
