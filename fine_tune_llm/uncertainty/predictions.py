@@ -148,12 +148,14 @@ def rows_of(values: Any,  # array, list, DataFrame or None, n rows
 def refuse_overlap(ids: Iterable[str],  # rows that must be unseen
                    seen: Mapping[str, frozenset[str]],  # stage -> ids of the rows that it used
                    purpose: str,  # what the rows are to be used for
-                  ) -> None:
-    "Refuse rows that an earlier stage has used."
+                   accept: str = "",  # a reason to go on all the same, without a guarantee
+                  ) -> str:  # "", or the words "no guarantee" with what was found and the reason
+    "Refuse rows that an earlier stage has used, or say what using them costs."
     ids = [str(i) for i in ids]
-    for stage, used in seen.items():
-        again = [i for i in ids if i in used]
-        if again: raise OverlapError(again, stage=stage, purpose=purpose)
+    used = {stage: [i for i in ids if i in rows] for stage, rows in seen.items()}
+    found = [OverlapError(again, stage=stage, purpose=purpose) for stage, again in used.items() if again]
+    if found and not accept.strip(): raise found[0]
+    return f"no guarantee: {'; '.join(f'{e.found} ({e.where})' for e in found)}; accepted: {accept}" if found else ""
 
 # %% ../../nbs/uncertainty/100_predictions.ipynb #predictions
 @dataclass(frozen=True, eq=False, repr=False)
@@ -212,9 +214,14 @@ class Predictions:
         fields = ("ids", "probs", "logits", "y", "groups", "texts")
         return replace(self, **{k: rows_of(getattr(self, k), positions) for k in fields})
 
-    def refuse_overlap(self, purpose: str) -> None:
-        "Refuse rows of ours that an earlier stage has used."
-        refuse_overlap(self.ids, self.seen, purpose)
+    def refuse_overlap(self, purpose: str, accept: str = "") -> str:
+        "Refuse rows of ours that an earlier stage has used, or say what using them costs."
+        training = frozenset(self.ids.tolist()) if self.split == "train" else frozenset()
+        return refuse_overlap(self.ids, {**self.seen, "training": self.seen.get("training", frozenset()) | training}, purpose, accept)
+
+    def used_by(self, stage: str, ids: Iterable[str]) -> "Predictions":
+        "Add the rows that a stage used to the ledger."
+        return replace(self, seen={**self.seen, stage: self.seen.get(stage, frozenset()) | frozenset(map(str, ids))})
 
     def save(self, path: str | Path) -> None:
         "Write one Parquet file."
