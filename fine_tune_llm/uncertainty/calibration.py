@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import chi2, norm
 
-from ..core.errors import ConfigurationError, DataError, OverlapError, TooFewRowsError
+from ..core.errors import ConfigurationError, DataError, TooFewRowsError
 from ..core.runs import write_atomic
 from .predictions import Predictions, log_softmax_rows
 
@@ -25,10 +25,10 @@ from .predictions import Predictions, log_softmax_rows
 def fresh_truth(preds: Predictions,
                 purpose: str,  # what the rows are to be used for
                 least: int = 1,  # rows that will do
+                accept: str = "",  # a reason to use rows that an earlier stage has used
                ) -> np.ndarray:  # true classes, shape [n]
     "Give the true classes of rows that are fit to calibrate on."
-    if preds.split == "train": raise OverlapError(preds.ids.tolist(), stage="training", purpose=purpose)
-    preds.refuse_overlap(purpose)
+    preds.refuse_overlap(purpose, accept)
     if len(preds) < least: raise TooFewRowsError(len(preds), least, purpose)
     return preds.require_y(purpose)
 
