@@ -8,7 +8,7 @@ __all__ = ['Promise', 'Line', 'group_of', 'strata_of', 'limits', 'promised', 'tu
 
 # %% ../../nbs/uncertainty/140_conformal.ipynb #imports
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..core.errors import ConfigurationError, DataError
+from ..core.labels import Labels
 from .calibration import expect_kind, fresh_truth, load_json, require_fitted, save_json
 from .conformal_rank import marginal_rank, pac_rank
 from .cutoffs import pack_by_class, pack_sets
@@ -185,7 +186,7 @@ def predict_sets(self: "ConformalClassifier",
 def line_dict(line: Line) -> dict[str, Any]:
     "Give a line as plain values."
     plain = {k: None if v is None else v.tolist() for k, v in vars(line).items()}
-    return {**plain, "scores": [s if np.isfinite(s) else None for s in plain["scores"]]}
+    return {**plain, "scores": [s if np.isfinite(s) else None for s in line.scores.tolist()]}
 
 def line_from(value: Mapping[str, Any],  # what `line_dict` gave
              ) -> Line:
@@ -198,7 +199,7 @@ def line_from(value: Mapping[str, Any],  # what `line_dict` gave
 def conformal_dict(self: "ConformalClassifier") -> dict[str, Any]:
     "Give the settings and what was learned as plain values."
     require_fitted(self)
-    settings = {f.name: getattr(self, f.name) for f in fields(self)}
+    settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
     return {"kind": "conformal", "version": 1, **settings, "n_": self.n_, "rank_": self.rank_, "void_": self.void_,
             "line_": line_dict(self.line_), "score_": asdict(self.score_), "labels_": asdict(self.labels_), "ids_": list(self.ids_)}
 
@@ -207,7 +208,7 @@ def conformal_from(value: Mapping[str, Any],  # what `conformal_dict` gave
     "Rebuild a classifier from plain values."
     expect_kind(value, "conformal")
     if "line_" not in value: raise DataError("the classifier was saved without its scores", fix="fit it again, and save it")
-    self = ConformalClassifier(**{f.name: value[f.name] for f in fields(ConformalClassifier)})
+    self = ConformalClassifier(**{f.name: value[f.name] for f in fields(ConformalClassifier) if f.init})
     self.line_, self.score_, self.labels_ = line_from(value["line_"]), Score(**value["score_"]), labels_from(value["labels_"])
     self.ids_, self.n_, self.rank_, self.void_ = tuple(value["ids_"]), value["n_"], value["rank_"], value["void_"]
     return self
@@ -240,6 +241,13 @@ class ConformalClassifier:
     weight: float = 0.1  # price of a place after the first, for saps
     gamma: float = 1.5  # 1.5 or 2, for entmax
     tuning_share: float = 0.0  # share of the rows that tunes and does not calibrate
+    line_: Line = field(init=False)  # learned: the calibration scores
+    score_: Score = field(init=False)  # learned: the score as tuned
+    labels_: Labels = field(init=False)  # learned: the classes
+    ids_: tuple[str, ...] = field(init=False)  # learned: rows that calibrated or tuned
+    n_: int = field(init=False)  # learned: rows that calibrated
+    rank_: int = field(init=False)  # learned: rank of a threshold for all rows
+    void_: str = field(init=False)  # learned: why nothing is promised, "" if it is
 
     def __post_init__(self) -> None:
         self.settings = Score(self.score, self.lam, self.k_reg, self.weight, self.gamma)
