@@ -5,6 +5,7 @@ k = n + 1 - floor((n + 1) alpha), whatever the model.
 """
 from fractions import Fraction
 from math import ceil, floor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -234,3 +235,40 @@ def test_smoothed_p_values_are_uniform(score):
         for smoothed in found: found[smoothed].append(conformal_p_values(c, rows.take([30]), smoothed)[0, rows.y[30]])
     assert kstest(found[True], "uniform").pvalue > 0.01
     assert all((np.array(found[False]) <= a).mean() <= a + 3 * np.sqrt(a * (1 - a) / 300) for a in (0.05, 0.1, 0.3))
+
+
+# Files that real life brings
+
+MALFORMED = Path(__file__).parents[2] / "shared" / "data" / "malformed"
+
+
+def file_rows(name, **kind):
+    if not (MALFORMED / name).exists(): pytest.skip("the malformed files are not here")
+    table = pd.read_csv(MALFORMED / name)
+    (key,) = kind
+    return Predictions(table["id"].astype(str), TWO, **{key: table[kind[key]].to_numpy()}, y=table["label"].to_numpy())
+
+
+def test_five_calibration_rows():
+    """Rank 6 of 5 at 10%: infinite, every set full, and said so; rank 5 at 20%: finite."""
+    c = ConformalClassifier("lac", alpha=0.1).fit(file_rows("tiny_calibration.csv", probs=["p0", "p1"]))
+    new = uniform_rows(np.random.default_rng(0), 50)
+    assert c.threshold_ == np.inf and c.predict(new).matrix.all() and "every set is full" in repr(c)
+    assert "5 calibration rows are too few for alpha = 0.1, which needs 9" in c.predict(new).guarantee
+    assert not c.predict(new, alpha=0.2).matrix.all() and "too few" not in c.predict(new, alpha=0.2).guarantee
+
+
+def test_constant_logits_give_both_classes():
+    preds = file_rows("logits_constant.csv", logits=["l0", "l1"])
+    c = ConformalClassifier("lac", alpha=0.1).fit(preds)
+    assert c.threshold_ == pytest.approx(np.log(2)) and c.predict(preds).matrix.all()
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_one_class_read_only_and_half_precision(score):
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(40, 3)).astype(np.float16)
+    z.flags.writeable = False
+    preds = Predictions([f"{i}" for i in range(40)], Labels(tuple("abc")), logits=z, y=np.zeros(40, dtype=int))
+    c = ConformalClassifier(score, guarantee="class").fit(preds)
+    assert c.predict(preds).matrix[:, 1:].all() and "2 of 3 have too few rows" in c.predict(preds).guarantee

@@ -26,6 +26,7 @@ def coverage_by(sets: PredictionSets,
     if len(groups) != len(hits): raise DataError(f"{len(groups)} groups for {len(hits)} sets", fix="give one for each row")
     return {str(g): share_covered(hits[groups == g], level) for g in np.unique(groups)}
 
+# %% ../../nbs/uncertainty/137_conditional.ipynb #coverage-by-class-def
 def coverage_by_class(sets: PredictionSets,
                       y: ArrayLike,  # true classes, shape [n]
                       level: float = 0.95,  # confidence of each interval, between 0 and 1

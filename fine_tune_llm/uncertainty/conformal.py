@@ -82,6 +82,7 @@ def group_of(preds: Predictions,
         raise DataError(f"no group column {column!r}", fix=f"use one of: {', '.join(map(str, known))}" if known else "give groups= to Predictions")
     return preds.groups[column].astype(str).to_numpy(dtype=str)
 
+# %% ../../nbs/uncertainty/140_conformal.ipynb #strata-of-def
 def strata_of(preds: Predictions,
               y: np.ndarray,  # true classes, shape [n]
               promise: Promise,
@@ -166,6 +167,7 @@ def rank_of(n: int,  # calibration rows
     "Count the rank of a threshold that would serve all rows."
     return pac_rank(n, alpha, promise.delta) if promise.kind == "pac" else marginal_rank(n, alpha)
 
+# %% ../../nbs/uncertainty/140_conformal.ipynb #predict-sets-def
 def predict_sets(self: "ConformalClassifier",
                  preds: Predictions,
                  alpha: float | None = None,  # share of misses to tolerate; None for that of the classifier
@@ -188,6 +190,7 @@ def line_dict(line: Line) -> dict[str, Any]:
     plain = {k: None if v is None else v.tolist() for k, v in vars(line).items()}
     return {**plain, "scores": [s if np.isfinite(s) else None for s in line.scores.tolist()]}
 
+# %% ../../nbs/uncertainty/140_conformal.ipynb #line-from-def
 def line_from(value: Mapping[str, Any],  # what `line_dict` gave
              ) -> Line:
     "Rebuild a line from plain values."
@@ -203,6 +206,7 @@ def conformal_dict(self: "ConformalClassifier") -> dict[str, Any]:
     return {"kind": "conformal", "version": 1, **settings, "n_": self.n_, "rank_": self.rank_, "void_": self.void_,
             "line_": line_dict(self.line_), "score_": asdict(self.score_), "labels_": asdict(self.labels_), "ids_": list(self.ids_)}
 
+# %% ../../nbs/uncertainty/140_conformal.ipynb #conformal-from-def
 def conformal_from(value: Mapping[str, Any],  # what `conformal_dict` gave
                   ) -> "ConformalClassifier":
     "Rebuild a classifier from plain values."

@@ -38,6 +38,7 @@ class Cut:
     n: int  # calibration rows behind it
     rank: int  # its rank, from 1; `n + 1` means +inf
 
+# %% ../../nbs/uncertainty/138_guarantees.ipynb #cut-of-def
 def cut_of(scores: np.ndarray,  # calibration scores, shape [n]
            alpha: float,  # share of misses we tolerate, between 0 and 1
            delta: float | None = None,  # share of calibration sets that may fall short, for pac
@@ -57,6 +58,7 @@ def strata_cuts(scores: np.ndarray,  # calibration scores, shape [n]
     names, starts = np.unique(parts[order], return_index=True)
     return {str(name): cut_of(s, alpha) for name, s in zip(names, np.split(scores[order], starts[1:]))}
 
+# %% ../../nbs/uncertainty/138_guarantees.ipynb #spread-cuts-def
 def spread_cuts(cuts: Mapping[str, Cut],  # part -> its threshold
                 strata: np.ndarray,  # part of each row or class, shape [m]
                ) -> np.ndarray:  # threshold of each, +inf for a part that is not known, shape [m]
@@ -96,6 +98,7 @@ def check_weights(w: ArrayLike | None,  # ratio of densities of each row, in any
         raise DataError(f"weights of shape {found.shape} for {n} rows, or negative, or not finite", fix="give one ratio of densities for each row")
     return found
 
+# %% ../../nbs/uncertainty/138_guarantees.ipynb #weighted-thresholds-def
 def weighted_thresholds(scores: np.ndarray,  # calibration scores, shape [n]
                         weights: np.ndarray,  # their weights, shape [n]
                         new: np.ndarray,  # weights of the rows to come, shape [m]
@@ -145,6 +148,7 @@ def strata_guarantee(kind: str,  # "class", "group" or "clustered"
     effect = "its sets are full" if kind == "group" else "its classes are in every set" if kind == "clustered" else "it is in every set"
     return f"{told} {endless} of {len(cuts) + absent} have too few rows, under {rows_needed(alpha)}, and no threshold: {effect}."
 
+# %% ../../nbs/uncertainty/138_guarantees.ipynb #weighted-guarantee-def
 def weighted_guarantee(weights: np.ndarray,  # weights of the calibration rows, shape [n]
                        alpha: float,  # share of misses that the sets tolerate
                       ) -> str:  # sentences for a report

@@ -62,6 +62,7 @@ def blocks(n: int,  # rows
     step = max(1, size // max(1, k))
     return (slice(a, min(a + step, n)) for a in range(0, n, step))
 
+# %% ../../nbs/uncertainty/132_scores.ipynb #block-values-def
 def block_values(preds: Predictions,
                  rows: slice,  # the block
                  score: Score,
@@ -116,6 +117,7 @@ def true_block(v: np.ndarray,  # probabilities, or log probabilities where the s
         return (np.maximum(v - own, 0) ** d).sum(axis=1) ** (1 / d)
     return tossed_score(own[:, 0].astype(np.float64), *ahead(v, y), v.max(axis=1).astype(np.float64), u, score)
 
+# %% ../../nbs/uncertainty/132_scores.ipynb #true-scores-def
 def true_scores(preds: Predictions,
                 y: np.ndarray,  # true classes, shape [n]
                 u: np.ndarray,  # coin of each row, shape [n]

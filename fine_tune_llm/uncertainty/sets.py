@@ -46,6 +46,7 @@ def bit_counts(bits: np.ndarray,  # packed sets, uint8, shape [n, b]
     "Count the classes of packed sets."
     return _ONES[bits].sum(axis=1, dtype=np.int64)
 
+# %% ../../nbs/uncertainty/136_sets.ipynb #bits-at-def
 def bits_at(bits: np.ndarray,  # packed sets, uint8, shape [n, b]
             y: np.ndarray,  # one class for each row, shape [n]
            ) -> np.ndarray:  # whether the set holds it, bool, shape [n]
