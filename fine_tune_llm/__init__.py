@@ -19,6 +19,8 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     **dict.fromkeys(("PlattScaling", "BetaCalibration"), "uncertainty.calibration_curves"),
     **dict.fromkeys(("VectorScaling", "DirichletCalibration"), "uncertainty.calibration_maps"),
     **dict.fromkeys(("ConformalClassifier", "PredictionSets"), "uncertainty.conformal"),
+    **dict.fromkeys(("coverage_by", "coverage_by_class", "size_strata", "worst_slab"), "uncertainty.conditional"),
+    "join_sets": "uncertainty.sets", "conformal_p_values": "uncertainty.p_values", "cross_conformal": "uncertainty.cross",
     **dict.fromkeys(("DecisionPolicy", "Decisions"), "uncertainty.risk"),
     "AuditReport": "audit.report", "audit": "audit",
     "load_data": "data.loading", "docstrings": "data.docstrings",
