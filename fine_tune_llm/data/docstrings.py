@@ -179,7 +179,9 @@ def docstrings(train: int = 600,  # rows per library from train modules
     return replace(data, notes=(*data.notes, *notes), manifest=manifest)
 
 # %% ../../nbs/data/330_docstrings.ipynb #pretraining
-def pretraining_texts(libraries: Sequence[str] = LIBRARIES) -> list[str]:  # one text per docstring
+def pretraining_texts(libraries: Sequence[str] = LIBRARIES,
+                      longest: int = 900,  # characters of a docstring that are kept
+                     ) -> list[str]:  # one text per docstring
     "Collect the docstrings of all train modules, names scrubbed, without duplicates."
     texts, seen = [], set()
     for library in libraries:
@@ -189,6 +191,6 @@ def pretraining_texts(libraries: Sequence[str] = LIBRARIES) -> list[str]:  # one
             for kind, name, args, doc in entries(tree) if tree else ():
                 k = letters(first_paragraph(doc))
                 if k not in seen and part == "train":
-                    texts.append(scrub(render(kind, name, args, doc if len(doc) < 900 else doc[:900].rsplit("\n", 1)[0])))
+                    texts.append(scrub(render(kind, name, args, doc if len(doc) < longest else doc[:longest].rsplit("\n", 1)[0])))
                 seen.add(k)
     return texts
