@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'ROWS', 'silent', 'between', 'fold', 'mix', 'shingles', 'meet', 'portions', 'sketch', 'candidates', 'jaccard',
-           'near_pairs', 'families']
+           'near_pairs', 'kin', 'families']
 
 # %% ../../nbs/data/306_duplicates.ipynb #imports
 import re
@@ -151,16 +151,21 @@ def near_pairs(texts: Sequence[str],  # folded and distinct
     return a[like >= near], b[like >= near], like[like >= near]
 
 # %% ../../nbs/data/306_duplicates.ipynb #families
-def families(texts: Iterable[str],  # as written
-             near: float = 0.8,  # least likeness within a family; 1 for texts that are equal when folded
-            ) -> np.ndarray:  # a number per text, shape [n]; equal within a family, counted in order of appearance
-    "Number the families of texts that say the same."
+def kin(folded: Sequence[str],  # texts, each through `fold`
+        near: float = 0.8,  # least likeness within a family; 1 for equal texts
+       ) -> np.ndarray:  # a number per text, shape [n]; equal within a family, counted in order of appearance
+    "Number the families of folded texts."
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
-    folded = [fold(t) for t in texts]
     distinct = sorted(set(folded))
     where = {t: i for i, t in enumerate(distinct)}
     a, b, _ = near_pairs(distinct, near)
     graph = coo_matrix((np.ones(len(a), bool), (a, b)), (len(distinct), len(distinct)))
     family = connected_components(graph, directed=False)[1] if distinct else np.empty(0, int)
     return np.asarray(pd.factorize(family[[where[t] for t in folded]])[0])
+
+def families(texts: Iterable[str],  # as written
+             near: float = 0.8,  # least likeness within a family; 1 for texts that are equal when folded
+            ) -> np.ndarray:  # a number per text, shape [n]
+    "Number the families of texts that say the same."
+    return kin([fold(t) for t in texts], near)
