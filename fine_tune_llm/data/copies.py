@@ -16,12 +16,14 @@ import pandas as pd
 from .duplicates import fold, kin
 from .files import fault
 from .findings import Finding, Table, tell
+from .splits import normalise
 
 # %% ../../nbs/data/356_copies.ipynb #grades
 @dataclass(frozen=True, eq=False)
 class Grades:
-    "Hold which rows are the same, in three grades."
+    "Hold which rows are the same, in four grades."
     exact: np.ndarray  # a number per row, -1 for a row without text
+    cased: np.ndarray
     folded: np.ndarray
     near: np.ndarray  # the same as `folded` where near duplicates were not looked for
 
@@ -36,8 +38,9 @@ def grades(table: Table,
         out = np.full(len(ok), -1)
         out[ok] = numbers
         return out
-    same = pd.factorize(np.array(folded, object))[0]
-    return Grades(spread(pd.factorize(np.array(texts, object))[0]), spread(same), spread(kin(folded, near) if near is not None else same))
+    def number(values: list[str]) -> np.ndarray: return np.asarray(pd.factorize(np.array(values, object))[0])
+    family = kin(folded, near) if near is not None else number(folded)
+    return Grades(spread(number(texts)), spread(number([normalise(t) for t in texts])), spread(number(folded)), spread(family))
 
 # %% ../../nbs/data/356_copies.ipynb #copies
 def repeats(number: np.ndarray,  # a grade
@@ -71,26 +74,30 @@ def check_conflicts(table: Table, g: Grades) -> list[Finding]:
         same = [i for i, (t, a) in enumerate(zip(table.texts, table.answers)) if isinstance(t, str) and t.strip() and t == a]
         out += tell(table, "answer equals text", "stop", same, "{n} rows have the same text twice, so there is nothing to learn or prefer.",
                     "take these rows out", table.texts)
+        pairs = {(t, a) for t, a in zip(table.texts, table.answers) if isinstance(t, str) and isinstance(a, str) and t != a}
+        back = [i for i, (t, a) in enumerate(zip(table.texts, table.answers)) if isinstance(t, str) and isinstance(a, str) and t != a and (a, t) in pairs]
+        out += tell(table, "reversed pairs", "warn", back, "{n} rows stand in another row the other way round.", "decide which is preferred, or take both out")
     return out
 
 # %% ../../nbs/data/356_copies.ipynb #leaks
-def leaks(table: Table, g: Grades) -> pd.DataFrame:  # earlier, later, rows of later, and of these exact, folded, near
+def leaks(table: Table, g: Grades) -> pd.DataFrame:  # earlier, later, rows of later, and of these exact, cased, folded, near
     "Count the rows of each split that stand in an earlier one."
     split, rows = np.array(table.splits, object), []
     for a, b in combinations(table.names, 2):
         later = split == b
-        hits = {k: int((np.isin(n[later], n[split == a]) & (n[later] >= 0)).sum()) for k, n in (("exact", g.exact), ("folded", g.folded), ("near", g.near))}
+        hits = {k: int((np.isin(n[later], n[split == a]) & (n[later] >= 0)).sum()) for k, n in (("exact", g.exact), ("cased", g.cased), ("folded", g.folded), ("near", g.near))}
         rows.append({"earlier": a, "later": b, "rows": int(later.sum()), **hits})
-    return pd.DataFrame(rows, columns=["earlier", "later", "rows", "exact", "folded", "near"])
+    return pd.DataFrame(rows, columns=["earlier", "later", "rows", "exact", "cased", "folded", "near"])
 
 # %% ../../nbs/data/356_copies.ipynb #check-leaks
 def check_leaks(table: Table, g: Grades) -> list[Finding]:
     "Find rows that stand on both sides of a split."
     split, out = np.array(table.splits, object), []
-    fix = "take them out of one side: load_data does it where the same text is given to two splits"
+    fix, keep = "load both with load_data(..., test=...), which sets them aside in the earlier", "take them out of the earlier; split_data keeps such rows on one side"
     how = (("exact leak", "stop", g.exact, "{{n}} rows of {b} stand in {a}, word for word.", fix),
-           ("folded leak", "stop", g.folded, "{{n}} rows of {b} stand in {a} but for case, blanks and punctuation.", fix),
-           ("near leak", "warn", g.near, "{{n}} rows of {b} have a near duplicate in {a}.", "split_data keeps near duplicates on one side"))
+           ("cased leak", "stop", g.cased, "{{n}} rows of {b} stand in {a} but for case and blanks.", fix),
+           ("folded leak", "warn", g.folded, "{{n}} rows of {b} stand in {a} but for case, blanks and punctuation.", keep),
+           ("near leak", "warn", g.near, "{{n}} rows of {b} have a near duplicate in {a}.", keep))
     for a, b in combinations(table.names, 2):
         seen = np.zeros(len(table), bool)
         for check, severity, n, message, mend in how:

@@ -127,9 +127,9 @@ def tell(table: Table,
     return [Finding(check, severity, n, counted(message, n), fix, rows, tuple(shown(quote[i]) for i in first) if quote else ())]
 
 # %% ../../nbs/data/350_findings.ipynb #roles
-TEXT = ("text", "question", "prompt", "instruction", "sentence", "query", "chosen", "messages", "conversations")
+TEXT = ("text", "chosen", "question", "prompt", "instruction", "sentence", "query", "messages", "conversations")
 LABEL = ("label", "category", "intent", "class")
-ANSWER = ("answer", "completion", "output", "response", "rejected")
+ANSWER = ("answer", "completion", "output", "response")
 
 def role(name: str | None,  # asked for; None to look for a usual one
          usual: Sequence[str], found: Sequence[str],  # usual names, and the columns that are there
@@ -158,7 +158,7 @@ def from_source(source: Any, name: str,  # path, DataFrame, list of dicts...; na
     found = [str(c) for c in rows.frame.columns]
     def values(column: str | None) -> list[Any]: return [] if column is None else [flat(v) for v in rows.frame[column].tolist()]
     t, y = role(text, TEXT, found, rows.name, True), role(label, LABEL, found, rows.name, label is not None)
-    a = role(answer, ANSWER, found, rows.name, True) if answer or t in TEXT[1:] and set(ANSWER) & set(found) else None
+    a = role(answer, {"text": (), "chosen": ("rejected",)}.get(str(t), ANSWER), found, rows.name, answer is not None)
     columns = {k: v for k, v in (("text", t), ("label", y), ("answer", a), ("split", split)) if v}
     given = {str(role(g, (), found, rows.name, True)): values(g) for g in groups}
     splits = [str(s) for s in values(role(split, (), found, rows.name, True))] if split else [name] * len(rows)
