@@ -14,8 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .duplicates import fold, kin
-from .files import fault
-from .findings import Finding, Table, tell
+from .findings import Finding, Table, named, tell
 from .splits import normalise
 
 # %% ../../nbs/data/356_copies.ipynb #grades
@@ -65,7 +64,7 @@ def check_conflicts(table: Table, g: Grades) -> list[Finding]:
     "Find texts that carry more than one label, and answers that repeat their text."
     out = []
     if table.labels is not None:
-        label = pd.Series([None if fault(v, (object,)) else str(v) for v in table.labels], dtype=object)
+        label = pd.Series(named(table.labels), dtype=object)
         frame = pd.DataFrame({"text": g.folded, "label": label})[g.folded >= 0].dropna()
         n = frame.groupby("text")["label"].nunique()
         first = frame[frame["text"].isin(n.index[n > 1])].drop_duplicates("text").index.to_numpy()

@@ -54,8 +54,8 @@ def stratified(u: np.ndarray,  # a draw per unit
     "Spread the units of each class evenly over the unit interval, in the order of their draws."
     frame = pd.DataFrame({"u": u, "n": n, "stratum": stratum}).sort_values(["stratum", "u"], kind="stable")
     by = frame.groupby("stratum")["n"]
-    offset = frame["stratum"].map({s: draw([f"stratum {s}"], seed)[0] for s in frame["stratum"].unique()}).astype(float)
-    at = (by.cumsum() - frame["n"] + offset * frame["n"]) / by.transform("sum")
+    turn = frame["stratum"].map({s: draw([f"stratum {s}"], seed)[0] for s in frame["stratum"].unique()}).astype(float)
+    at = ((by.cumsum() - frame["n"]) / by.transform("sum") + turn) % 1
     return at.reindex(range(len(u))).to_numpy()
 
 # %% ../../nbs/data/312_dealing.ipynb #moments

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OCTET', 'PRIVATE', 'HINT', 'SEVERITIES', 'VERBS', 'TEXT', 'LABEL', 'ANSWER', 'luhn', 'iban', 'private', 'mask',
-           'shown', 'Finding', 'Table', 'counted', 'tell', 'role', 'flat', 'from_source', 'from_split', 'joined',
-           'table_of']
+           'shown', 'Finding', 'Table', 'counted', 'tell', 'role', 'flat', 'from_source', 'from_split', 'named',
+           'faults', 'joined', 'table_of']
 
 # %% ../../nbs/data/350_findings.ipynb #imports
 import re
@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from ..core.errors import ConfigurationError, DataError
-from .files import read_rows
+from .files import fault, read_rows
 from .splits import Data, Split
 
 # %% ../../nbs/data/350_findings.ipynb #private
@@ -170,6 +169,23 @@ def from_split(part: Split) -> Table:
     labels = [part.labels[k] for k in part.y] if part.y is not None else None
     groups = {str(c): part.groups[c].tolist() for c in part.groups} if part.groups is not None else {}
     return Table(list(part.texts), labels, None, groups, [part.name] * len(part), list(range(1, len(part) + 1)), {}, {})
+
+# %% ../../nbs/data/350_findings.ipynb #named
+def named(values: Sequence[Any],  # labels or groups, as read
+         ) -> list[str | None]:  # as text, None where missing
+    "Write labels or groups as text."
+    memo: dict[Any, str | None] = {}
+    def text(v: Any) -> str | None: return None if fault(v, (object,)) else str(v)
+    def look(v: Any) -> str | None:
+        if not isinstance(v, (str, int, bool)): return text(v)
+        if (type(v), v) not in memo: memo[type(v), v] = text(v)
+        return memo[type(v), v]
+    return [look(v) for v in values]
+
+def faults(values: Sequence[Any],  # texts, as read
+          ) -> list[str]:  # what is wrong with each, "" for nothing
+    "Name what is wrong with texts."
+    return ["" if isinstance(v, str) and v.isascii() and not v.isspace() and v else fault(v) for v in values]
 
 # %% ../../nbs/data/350_findings.ipynb #join
 def joined(tables: Sequence[Table]) -> Table:

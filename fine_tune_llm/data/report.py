@@ -25,8 +25,7 @@ from ..core.runs import plain
 from .checks import check_classes, check_groups, check_label_values, check_spelling, check_values
 from .contents import check_damage, check_lengths, check_private, check_scripts, lengths
 from .copies import check_conflicts, check_copies, check_leaks, grades
-from .files import fault
-from .findings import SEVERITIES, Finding, Table, shown, table_of
+from .findings import SEVERITIES, Finding, Table, named, shown, table_of
 
 # %% ../../nbs/data/358_report.ipynb #sizes
 @dataclass(frozen=True)
@@ -45,10 +44,10 @@ def sizes_of(table: Table,
              n: np.ndarray,  # length per row
             ) -> tuple[Size, ...]:  # one per split
     "Count rows, classes and lengths of each split."
-    out, split = [], np.array(table.splits, object)
+    out, split, labels = [], np.array(table.splits, object), named(table.labels or [])
     for name in table.names:
         at = np.flatnonzero(split == name)
-        classes = list(Counter(str(table.labels[i]) for i in at if not fault(table.labels[i], (object,))).values()) if table.labels else []
+        classes = list(Counter(labels[i] for i in at if labels[i] is not None).values()) if labels else []
         q = [int(np.quantile(n[at], p, method="higher")) for p in (.5, .99, 1)]
         out.append(Size(name, len(at), len(classes), min(classes, default=0), max(classes, default=0), *q))
     return tuple(out)
@@ -150,9 +149,9 @@ def all_findings(table: Table,
              check_lengths(table, n, unit, max_length), check_damage(table), check_scripts(table), check_private(table)]
     return sorted((f for part in found for f in part), key=lambda f: SEVERITIES.index(f.severity))
 
-def tally(values: Iterable[Any]) -> dict[str, int]:  # value -> rows, the most frequent first
+def tally(values: Sequence[Any]) -> dict[str, int]:  # value -> rows, the most frequent first
     "Count values, but for missing ones."
-    return dict(Counter(str(v) for v in values if not fault(v, (object,))).most_common())
+    return dict(Counter(v for v in named(values) if v is not None).most_common())
 
 # %% ../../nbs/data/358_report.ipynb #check-data
 def check_data(data: Any,  # Data, Split, path, DataFrame, list of dicts, Dataset, or a mapping of split names to such
