@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OCTET', 'PRIVATE', 'HINT', 'SEVERITIES', 'VERBS', 'TEXT', 'LABEL', 'ANSWER', 'luhn', 'iban', 'private', 'mask',
-           'shown', 'Finding', 'Table', 'counted', 'tell', 'role', 'flat', 'from_source', 'from_split', 'named',
+           'safe', 'shown', 'Finding', 'Table', 'counted', 'tell', 'role', 'flat', 'from_source', 'from_split', 'named',
            'faults', 'joined', 'table_of']
 
 # %% ../../nbs/data/350_findings.ipynb #imports
@@ -54,14 +54,16 @@ def mask(text: str) -> str:
     return text
 
 # %% ../../nbs/data/350_findings.ipynb #shown
+def safe(text: str) -> str:
+    "Mask what is private, and write what is not printable as its code."
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in mask(text))
+
 def shown(value: Any,  # a text or a label, as read
           most: int = 48,  # characters
          ) -> str:
     "Quote a value so that it can stand in a report."
-    text = mask(str(value)[:1000])
-    text = " ".join(text.split())
-    text = text if len(text) <= most else text[:most - 1] + "…"
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+    text = " ".join(mask(str(value)[:1000]).split())
+    return safe(text if len(text) <= most else text[:most - 1] + "…")
 
 # %% ../../nbs/data/350_findings.ipynb #finding
 SEVERITIES = ("stop", "warn", "note")
