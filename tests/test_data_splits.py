@@ -139,6 +139,8 @@ def test_given_places():
     texts = ["one fine day", "ONE fine day", "another", "third", "fourth"]
     deal = split_data(texts, given=["train", "calibration", "shift", "", "held-out"])
     assert list(deal.place[:3]) == ["", "calibration", "shift"] and deal.place[4] in SPLITS[1:]
+    grown = split_data(texts, given=["", "test", "test", "", ""])  # a published test does not grow by a copy, train does
+    assert grown.place[0] == "" and grown.count("test") >= 2 and split_data(texts, given=["", "train", "", "", ""]).place[0] == "train"
     with pytest.raises(DataError, match="1 of 2 groups stand in more than one given split .e.g. group 'ann'"):
         split_data(texts, groups=["ann", "bob", "ann", None, None], given=["train", "test", "test", "", ""])
     follow = split_data(texts, groups=["ann", "bob", "cat", "ann", None], given=["test", "", "", "", ""])

@@ -106,7 +106,8 @@ def fix_given(given: Sequence[str],  # a key of RANK per row
             raise DataError(f"{(torn > 1).sum()} of {len(torn)} groups stand in more than one given split", f"e.g. group {torn.index[torn > 1][0]!r}",
                             "mend the split column, or deal without groups")
     best = pd.Series(rank).groupby(unit).max().to_numpy()
-    return names[best], (rank > 1) & (rank != best[unit])
+    own = best[unit]
+    return names[best], (rank != own) & (own > 1) & ((rank > 1) | (own > RANK["train"]) & (groups is None))
 
 # %% ../../nbs/data/312_dealing.ipynb #fix-ledger
 def fix_ledger(ledger: Mapping[str, str],  # id -> split, of an earlier deal
