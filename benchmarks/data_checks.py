@@ -62,22 +62,17 @@ def run(part: str, n: int) -> dict:
 
 
 def measure(rows: int = 1_000_000, parts: tuple[str, ...] = PARTS) -> list[dict]:
-    "Run each part on a quarter of the rows and on all, each in a fresh process."
+    "Run each part on a quarter of the rows and on all, each in a fresh process, and print as they come."
     out = []
+    print(f"{'part':32}{'rows':>11}{'CPU s':>9}{'rows / CPU s':>14}{'growth':>8}{'MB above the rows':>19}")
     for part in parts:
         most = rows // 10 if "template" in part else rows
         for n in (most // 4, most):
             done = subprocess.run([sys.executable, __file__, "--part", part, "--rows", str(n)], capture_output=True, text=True, check=True)
-            out.append(json.loads(done.stdout.splitlines()[-1]))
+            out.append(r := json.loads(done.stdout.splitlines()[-1]))
+            growth = f"{r['cpu_s'] / out[-2]['cpu_s']:.2f}" if n == most else ""
+            print(f"{part:32}{n:>11,}{r['cpu_s']:>9.1f}{n / r['cpu_s']:>14,.0f}{growth:>8}{r['above_mb']:>19,.0f}   {r['found']}", flush=True)
     return out
-
-
-def show(found: list[dict]) -> None:
-    print(f"{'part':32}{'rows':>11}{'CPU s':>9}{'rows / CPU s':>14}{'growth':>8}{'MB above the rows':>19}")
-    for small, large in zip(found[::2], found[1::2]):
-        for r in (small, large):
-            growth = f"{large['cpu_s'] / small['cpu_s']:.2f}" if r is large else ""
-            print(f"{r['part']:32}{r['rows']:>11,}{r['cpu_s']:>9.1f}{r['rows'] / r['cpu_s']:>14,.0f}{growth:>8}{r['above_mb']:>19,.0f}   {r['found']}")
 
 
 if __name__ == "__main__":
@@ -86,4 +81,4 @@ if __name__ == "__main__":
     parser.add_argument("--part", choices=PARTS)
     args = parser.parse_args()
     if args.part: print(json.dumps(run(args.part, args.rows)))
-    else: show(measure(args.rows))
+    else: measure(args.rows)
