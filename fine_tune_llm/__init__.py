@@ -25,6 +25,7 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     "AuditReport": "audit.report", "audit": "audit",
     "load_data": "data.loading", "docstrings": "data.docstrings",
     **dict.fromkeys(("data_truth", "DataTruth"), "data.truth"), "Template": "data.templates",
+    **dict.fromkeys(("check_data", "DataReport"), "data.report"), "split_data": "data.dealing",
     "load_model": "models.loading", "finetune": "training.trainer",
     "TrainingPanel": "panels.training",
     **dict.fromkeys(("Bundle", "bundle", "load_bundle"), "apps.bundle"),

@@ -87,7 +87,8 @@ def fingerprint(splits: Sequence[Split]) -> str:  # 64 hex digits
 
 # %% ../../nbs/data/310_splits.ipynb #table
 PURPOSES = {"train": "fits the weights", "validation": "chooses the model, the temperature, parameters of scores",
-            "calibration": "carries guarantees: thresholds, certificates", "test": "is read once, for the report"}
+            "calibration": "carries guarantees: thresholds, certificates", "test": "is read once, for the report",
+            "shift": "shows what happens elsewhere or later; nothing is promised on it"}
 
 def table(splits: Sequence[Split]) -> pd.DataFrame:  # one row per split
     "Count rows and classes of each split, and say what it is for."
@@ -110,15 +111,18 @@ class Data:
     notes: tuple[str, ...] = ()  # what a reader should know, one sentence each
     fingerprint: str = ""  # SHA-256 of ids, labels and places
     manifest: Mapping[str, Any] = field(default_factory=dict)  # where the rows come from: versions, counts, hashes
+    shift: Split | None = None  # rows from another time or place, to audit on
 
     @property
     def splits(self) -> tuple[Split, ...]: return self.train, self.validation, self.calibration, self.test
-    def __repr__(self) -> str: return "\n".join([headline(self), table(self.splits).to_string(index=False), *self.notes])
+    @property
+    def parts(self) -> tuple[Split, ...]: return (*self.splits, self.shift) if self.shift else self.splits
+    def __repr__(self) -> str: return "\n".join([headline(self), table(self.parts).to_string(index=False), *self.notes])
     def _repr_html_(self) -> str:
         notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
-        return f"<p>{escape(headline(self))}</p>{table(self.splits).to_html(index=False)}<ul>{notes}</ul>"
+        return f"<p>{escape(headline(self))}</p>{table(self.parts).to_html(index=False)}<ul>{notes}</ul>"
 
 # %% ../../nbs/data/310_splits.ipynb #headline
 def headline(data: Data) -> str:
     "State the size and the fingerprint of data in one line."
-    return f"{sum(map(len, data.splits)):,} rows, {len(data.labels)} classes, fingerprint {data.fingerprint[:12]}"
+    return f"{sum(map(len, data.parts)):,} rows, {len(data.labels)} classes, fingerprint {data.fingerprint[:12]}"
