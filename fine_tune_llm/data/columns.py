@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from ..core.errors import ConfigurationError, DataError
 from .rows import Rows, column
-from .tables import as_column, from_memory
+from .tables import as_column
 
 # %% ../../nbs/data/320_columns.ipynb #roles
 ROLES = {"text": "text sentence utterance query review tweet document comment content post headline abstract",
@@ -72,9 +72,9 @@ def pick(rows: Rows, role: str, given: Mapping[str, Any],
         ) -> list[Any]:  # candidates; one if the role is clear
     "Find who may have a role: what was given, a column with the very name, or all that fit."
     if role in given: return [given[role]]
-    found = candidates(rows, role, leave)
-    if role == "choices" and (spread := choice_columns([n for n in rows.table.column_names if n not in leave])): found = [*found, spread]
-    return [role] if role in ("text", "label") and role in found else found
+    found: list[Any] = list(candidates(rows, role, leave))
+    if role == "choices" and (spread := choice_columns([n for n in rows.table.column_names if n not in leave])): found.append(spread)
+    return [role] if role in ("text", "label") and role in rows.table.column_names and role not in leave else found
 
 # %% ../../nbs/data/320_columns.ipynb #match
 def match(rows: Rows, form: str, given: Mapping[str, Any],

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import pyarrow as pa
-
 from ..core.errors import DataError
 from .columns import Columns, candidates, detect, is_blank, joined_column
 from .files import read_rows
