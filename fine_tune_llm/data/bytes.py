@@ -62,6 +62,7 @@ DAMAGED = (EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, Runtim
 
 def chunks(path: Path,
            progress: Any = None,  # called with the bytes of the file read since the last call
+           size: int = CHUNK,  # bytes of content to read at a time
           ) -> Iterator[bytes]:  # never empty
     "Read the unpacked content of a file."
     packed = ""
@@ -70,7 +71,7 @@ def chunks(path: Path,
             packed, done = kind(handle.read(16)), 0
             handle.seek(0)
             stream, packed = unpacked(handle, path.name)
-            while chunk := stream.read(CHUNK):
+            while chunk := stream.read(size):
                 if progress: progress(handle.tell() - done)
                 done = handle.tell()
                 yield chunk
@@ -130,6 +131,7 @@ def is_mixed(sample: bytes) -> bool:
     beyond = [line for line in sample.splitlines()[1:-1] if not line.isascii()]
     return len({valid(line) for line in beyond}) > 1
 
+# %% ../../nbs/data/302_bytes.ipynb #guess-it
 def guess(sample: bytes,  # of text that is not UTF-8
          ) -> str:  # name of an encoding; "" if two are mixed or none fits
     "Guess the encoding of text that is not UTF-8."

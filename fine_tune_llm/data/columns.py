@@ -33,6 +33,7 @@ def plain_name(name: str) -> str:
     "Fold a column name for comparing."
     return name.lower().replace("_", "").replace("-", "").replace(" ", "")
 
+# %% ../../nbs/data/320_columns.ipynb #candidates
 def candidates(rows: Rows, role: str,
                leave: Sequence[str] = (),  # columns that serve something else
               ) -> list[str]:  # columns in the order of the file
@@ -85,6 +86,7 @@ def match(rows: Rows, form: str, given: Mapping[str, Any],
     found = {role: pick(rows, role, given, leave) for role in (*must, *may)}
     return None if any(not found[r] for r in must) else {r: c for r, c in found.items() if c}
 
+# %% ../../nbs/data/320_columns.ipynb #used
 def used(found: Mapping[str, list[Any]]) -> set[str]:  # names of columns
     "Collect the columns that a form explains."
     return {n for c in found.values() for one in c for n in ([one] if isinstance(one, str) else one)}
@@ -113,6 +115,7 @@ def apart(rows: Rows, names: Sequence[str]) -> bool:
     "Tell whether no row has a value in two of the columns."
     return all(sum(v is not None for v in values) < 2 for values in zip(*(column(rows, n) for n in names)))
 
+# %% ../../nbs/data/320_columns.ipynb #settle-roles
 def settle_roles(rows: Rows, form: str, found: Mapping[str, list[Any]], given: Mapping[str, Any]) -> Columns:
     "Take the only candidate of each role, or refuse."
     for role, several in found.items():
@@ -130,6 +133,7 @@ def template_columns(template: str) -> list[str]:  # empty if this is a plain co
             f"template {template!r} holds more than names", fix="write {name of a column} and nothing else in braces")
     return [name for _, name, _, _ in parts if name]
 
+# %% ../../nbs/data/320_columns.ipynb #is-blank
 def is_blank(value: Any) -> bool:
     "Tell whether a value is missing or empty."
     return value is None or isinstance(value, float) and value != value or isinstance(value, str) and not value.strip()

@@ -48,6 +48,7 @@ class Cursor:
     line: int = 1  # line of the file at which the next block starts
     place: int = 1  # number of the next row
 
+# %% ../../nbs/data/303_delimited.ipynb #arrow
 def arrow(cursor: Cursor,
           columns: Sequence[Any],  # pyarrow arrays of strings, one per column
          ) -> Any:  # pyarrow.Table
@@ -87,6 +88,7 @@ def odd_byte(text: str,  # decoded with errors="surrogateescape"
     except UnicodeEncodeError as e: return f"byte {ord(text[e.start]) - 0xdc00:#04x} is not UTF-8"
     return ""
 
+# %% ../../nbs/data/303_delimited.ipynb #judge-it
 def judge(fields: Sequence[str],
           width: int,  # columns of the header
          ) -> str:  # "" if the record can be used
@@ -104,6 +106,7 @@ def whole_lines(block: bytes,
     if lines and not last and not lines[-1].endswith(b"\n"): lines.pop()
     return [line.decode("utf-8", "surrogateescape") for line in lines]
 
+# %% ../../nbs/data/303_delimited.ipynb #careful-it
 def careful(block: bytes,
             cursor: Cursor,  # is moved forward
             last: bool,  # nothing follows
@@ -131,16 +134,17 @@ def regular(block: bytes,
             mark: str,  # separator
            ) -> np.ndarray | None:  # positions of the newlines that end a record; None if quotes are out of place
     "Find the ends of records, if the quoting leaves no doubt."
-    if b"\0" in block or block.count(b"\r") != block.count(b"\r\n"): return None
-    data = np.frombuffer(b"\n" + block + b"\n", dtype=np.uint8)
-    newlines = np.flatnonzero(data == 10)
-    quotes = np.flatnonzero(data == 34)
-    if len(quotes):
-        newlines = newlines[np.searchsorted(quotes, newlines) % 2 == 0]
-        quotes = quotes[quotes < newlines[newlines <= len(block)][-1]]
-        around = np.array([10, 13, 34, ord(mark)])
-        if len(quotes) % 2 or not np.isin(data[quotes[::2] - 1], around).all() or not np.isin(data[quotes[1::2] + 1], around).all(): return None
-    return newlines[(newlines > 0) & (newlines <= len(block))] - 1
+    if b"\0" in block or block[-1:] == b"\r": return None
+    data = np.frombuffer(block, dtype=np.uint8)
+    if b"\r" in block and not (data[np.flatnonzero(data == 13) + 1] == 10).all(): return None  # an old Mac's end of line
+    ends, quotes = np.flatnonzero(data == 10), np.flatnonzero(data == 34)
+    if not len(quotes): return ends
+    ends = ends[np.searchsorted(quotes, ends) % 2 == 0]
+    quotes = quotes[quotes < (ends[-1] if len(ends) else 0)]
+    allowed = np.isin(np.arange(256), [10, 13, 34, ord(mark)])
+    opened, closed = quotes[::2], quotes[1::2]
+    opened = opened[opened > 0]  # the first character of a block begins a field
+    return ends if allowed[data[opened - 1]].all() and allowed[data[closed + 1]].all() else None
 
 # %% ../../nbs/data/303_delimited.ipynb #fast
 def fast(block: bytes,  # whole records
@@ -160,10 +164,11 @@ def fast(block: bytes,  # whole records
     if len(table) != len(ends) - blank.sum(): return None
     if not len(table) or pc.all(pc.not_equal(table.column(0), "")).as_py() or not _any_empty(table):
         part = Part(arrow(cursor, table.columns), np.arange(cursor.place, cursor.place + len(table)))
-        cursor.place, cursor.line = cursor.place + len(table), cursor.line + block.count(b"\n")
+        cursor.place, cursor.line = cursor.place + len(table), cursor.line + int(np.count_nonzero(np.frombuffer(block, dtype=np.uint8) == 10))
         return part
     return None
 
+# %% ../../nbs/data/303_delimited.ipynb #any-empty
 def _any_empty(table: Any) -> bool:
     mask = pc.equal(table.column(0), "")
     for c in table.columns[1:]: mask = pc.and_(mask, pc.equal(c, ""))
@@ -175,6 +180,8 @@ def read_header(block: bytes,
                 last: bool,  # nothing follows
                ) -> int:  # bytes that the header took; 0 if it is not complete
     "Read the names of the columns."
+    short = block[:block.rfind(b"\n", 0, 2**16) + 1]  # most headers end here
+    if short and len(short) < len(block) and (used := read_header(short, cursor, False)): return used
     lines = whole_lines(block, last)
     for start, n, fields, why in records(lines, cursor.separator, last):
         if fields == []: continue
@@ -184,6 +191,7 @@ def read_header(block: bytes,
         return sum(len(s.encode("utf-8", "surrogateescape")) for s in lines[:start + n])
     return 0
 
+# %% ../../nbs/data/303_delimited.ipynb #doubts
 def doubts(header: Sequence[str]) -> list[str]:  # one sentence each
     "State what is odd about a header."
     notes = [f"Column {n!r} occurs {header.count(n)} times." for n in dict.fromkeys(header) if header.count(n) > 1]

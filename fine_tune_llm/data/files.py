@@ -42,6 +42,7 @@ class How:
     field: str | None = None  # path to the rows inside a JSON object, e.g. "data.train"
     progress: bool | None = None  # show a bar; None: for more than 100 MB
 
+# %% ../../nbs/data/305_files.ipynb #check-how
 def check_how(how: How) -> How:
     "Refuse settings that mean nothing."
     if how.on_bad_row not in POLICIES: raise ConfigurationError(f"on_bad_row={how.on_bad_row!r}", fix=f"use one of {', '.join(POLICIES)}")
@@ -59,6 +60,7 @@ def ending(path: Path) -> str:  # of `FORMATS`, or "" if the name says nothing
     inner = [s.lower() for s in path.suffixes if s.lower() not in (".gz", ".zst", ".zip")]
     return ENDINGS.get(inner[-1], "") if inner else ""
 
+# %% ../../nbs/data/305_files.ipynb #is-table
 def is_table(text: str) -> bool:
     "Tell whether all lines have as many separators as the first."
     lines = [line for line in text.splitlines()[:20] if line.strip()]
@@ -127,6 +129,7 @@ def binary_parts(path: Path,
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as e:
         raise DataError(f"no readable {found.title()} file: {' '.join(str(e).split())[:80]}", path.name, "write it again") from None
 
+# %% ../../nbs/data/305_files.ipynb #with-names
 def with_names(table: Any,  # pyarrow.Table
               ) -> Any:  # pyarrow.Table
     "Give class numbers of a `datasets` file their names."
@@ -151,6 +154,7 @@ def pieces_of(path: Path, how: How,
     finally:
         if bar is not None: bar.close()
 
+# %% ../../nbs/data/305_files.ipynb #peeked
 def peeked(pieces: Iterator[bytes],
            size: int = 2**16,  # bytes wanted
           ) -> tuple[bytes, Iterator[bytes]]:  # the beginning, and all pieces
@@ -164,7 +168,7 @@ def open_file(path: Path, how: How,
               notes: list[str],  # is filled with what was inferred
              ) -> tuple[str, Iterator[Part]]:  # format, parts
     "Recognise a file and start reading it."
-    raw, _ = peeked(chunks(path), 16)
+    raw = next(chunks(path, size=2**12), b"")
     packed = kind(head_of(path))
     found = how.format if how.format in ("parquet", "arrow") else kind(raw)
     if found in ("parquet", "arrow", "arrow stream"): return found, binary_parts(path, found, packed in PACKED)
@@ -175,6 +179,7 @@ def open_file(path: Path, how: How,
     if packed and ending(path) and path.suffix.lower() not in (".gz", ".zst", ".zip"): notes.append(f"{path.name} is a {packed} archive.")
     return text_parts(path, pieces, how.format or text_kind(head, path), how, notes)
 
+# %% ../../nbs/data/305_files.ipynb #head-of
 def head_of(path: Path) -> bytes:
     "Read the first bytes of a file as it is."
     with path.open("rb") as handle: return handle.read(16)
@@ -205,6 +210,7 @@ def split_of(path: Path) -> str:  # "train", "test", ... or "" if the name says 
     words = re.findall("[a-z]+", path.stem.lower())
     return next((PARTS[w] for w in words if w in PARTS), "")
 
+# %% ../../nbs/data/305_files.ipynb #files-of
 def files_of(source: str | Path) -> list[Path]:  # at least one
     "List the files that a path, a folder or a pattern stands for."
     path = Path(source)
@@ -254,6 +260,7 @@ def read_files(paths: Sequence[Path], how: How,
     if len(paths) == 1 and paths[0].suffix.lower() == ".json" and rows.read == 1: check_single(rows)
     return rows
 
+# %% ../../nbs/data/305_files.ipynb #check-single
 def check_single(rows: Rows) -> None:
     "Refuse one object that holds lists under the name of a file of rows."
     inside = lists({n: decoded(rows.table.field(n), c)[0] for n, c in zip(rows.table.column_names, rows.table.columns)}) if len(rows) else {}
@@ -278,6 +285,7 @@ def from_hub(name: str,  # "user/name", or "user/name:part"
     except Exception as e: raise DataError(f"no file of that name, and the hub gave {type(e).__name__}", name,
                                            "check the path, the name and the network") from e
 
+# %% ../../nbs/data/305_files.ipynb #batches-of
 def batches_of(stream: Any,  # datasets.IterableDataset
               ) -> Iterator[tuple[int, Part]]:
     "Take a stream in batches."
@@ -293,6 +301,7 @@ def is_hub_name(source: str) -> bool:
     "Tell a name of the hub from a path."
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", source)) and not FILE_NAME.search(source.lower()) and not Path(source).exists()
 
+# %% ../../nbs/data/305_files.ipynb #read-rows
 def read_rows(source: Any,  # path, pattern, folder, list of paths, hub name, list of dicts, DataFrame or datasets.Dataset
               streaming: bool = False,  # for a hub name: fetch rows as they are read
               limit: int | None = None,  # for a hub name: rows to take at most
@@ -308,6 +317,7 @@ def read_rows(source: Any,  # path, pattern, folder, list of paths, hub name, li
         raise DataError(f"no rows{first}", rows.name, "give at least a few rows per class")
     return rows
 
+# %% ../../nbs/data/305_files.ipynb #read-it
 def _read(source: Any, streaming: bool, limit: int | None, how: How) -> Rows:
     if isinstance(source, (list, tuple)) and source and all(isinstance(s, (str, Path)) for s in source) and not all(isinstance(s, str) and " " in s for s in source):
         return read_files([Path(s) for s in source], how, "files" if len(source) > 1 else "")

@@ -35,6 +35,7 @@ def turns(value: Any) -> tuple[list[dict[str, str]], str]:  # turns with "role" 
         made.append({"role": SPEAKERS[who], "content": said})
     return made, ""
 
+# %% ../../nbs/data/321_forms.ipynb #conversation
 def conversation(value: Any) -> tuple[list[dict[str, str]], str]:  # turns, and what is wrong or ""
     "Read a conversation that a model can learn an answer from."
     made, why = turns(value)
@@ -53,6 +54,7 @@ def texts_of(value: Any) -> tuple[list[Any], list[str]]:  # texts, and their let
     if value and all(isinstance(c, dict) for c in value): return [c.get("text") for c in value], [str(c.get("label", "")) for c in value]
     return value, []
 
+# %% ../../nbs/data/321_forms.ipynb #position
 def position(key: Any, texts: Sequence[str], letters: Sequence[str]) -> int:  # -1 if it is none of them
     "Find the right choice."
     if isinstance(key, float) and key.is_integer(): key = int(key)
@@ -63,6 +65,7 @@ def position(key: Any, texts: Sequence[str], letters: Sequence[str]) -> int:  # 
     if key.isdecimal(): return position(int(key), texts, ())
     return ord(key.upper()) - 65 if len(key) == 1 and 0 <= ord(key.upper()) - 65 < len(texts) else -1
 
+# %% ../../nbs/data/321_forms.ipynb #choice
 def choice(question: Any, choices: Any, key: Any, context: Any = None) -> tuple[dict[str, Any], str]:  # row, and what is wrong or ""
     "Read one question of multiple choice."
     if why := fault(question): return {}, f"the question {why}"
@@ -81,6 +84,7 @@ def side(value: Any, name: str) -> tuple[Any, str]:  # text or turns, and what i
     if not why and made[-1]["role"] != "assistant": why = "the last message is no answer"
     return made, f"{name!r}: {why}" if why else ""
 
+# %% ../../nbs/data/321_forms.ipynb #pair-it
 def pair(chosen: Any, rejected: Any, prompt: Any = "", prompted: bool = False) -> tuple[dict[str, Any], str]:  # row, what is wrong or ""
     "Read one preference."
     if prompted and is_blank(prompt): return {}, "'prompt' is missing"
@@ -111,12 +115,14 @@ def instruction(prompt: Any, completion: Any, extra: Any = None) -> tuple[dict[s
     if why := fault(completion): return {}, f"the answer {why}"
     return {"prompt": prompt if is_blank(extra) else f"{prompt}\n\n{extra}", "completion": completion}, ""
 
+# %% ../../nbs/data/321_forms.ipynb #labelled
 def labelled(text: Any, label: Any) -> tuple[dict[str, Any], str]:  # row, and what is wrong or ""
     "Read one text with its label."
     if why := fault(text): return {}, f"the text {why}"
     if why := fault(label, (str, bool, int, float)): return {}, f"the label {why}"
     return {"text": text, "label": label}, ""
 
+# %% ../../nbs/data/321_forms.ipynb #text-only
 def text_only(text: Any) -> tuple[dict[str, Any], str]:  # row, and what is wrong or ""
     "Read one text."
     return ({}, f"the text {why}") if (why := fault(text)) else ({"text": text}, "")
@@ -133,6 +139,7 @@ def role_values(rows: Rows, name: Any,  # column, template, or names of the colu
     filled, name = joined_column(rows, name)
     return column(filled, name)
 
+# %% ../../nbs/data/321_forms.ipynb #read-chat
 def read_chat(rows: Rows, columns: Columns) -> list[tuple[dict[str, Any], str]]:
     "Read conversations, whichever spelling each row has."
     spellings = [column(rows, n) for n in dict.fromkeys([columns.roles["messages"], *candidates(rows, "messages")])]

@@ -30,16 +30,19 @@ def once(pairs: list[tuple[str, Any]],  # the keys and values of one object, in 
     if len(made := dict(pairs)) < len(pairs): raise ValueError("a key occurs twice")
     return made
 
+# %% ../../nbs/data/304_jsonlines.ipynb #whole
 def whole(digits: str) -> int:
     "Read a whole number that a double can come near."
     if len(digits) > 309: raise ValueError("a number beyond a double")
     return int(digits)
 
+# %% ../../nbs/data/304_jsonlines.ipynb #decimal
 def decimal(digits: str) -> float:
     "Read a decimal that a double can hold."
     if abs(number := float(digits)) == float("inf"): raise ValueError("a number beyond a double")
     return number
 
+# %% ../../nbs/data/304_jsonlines.ipynb #constant
 def constant(name: str) -> None:  # NaN is a missing value
     "Read what JSON does not have."
     if name != "NaN": raise ValueError("a number beyond a double")
@@ -56,6 +59,7 @@ def parse(text: str) -> tuple[Any, str]:  # the value, and what is wrong with it
     except ValueError as e: return None, str(e)
     return value, half_pair(value) if "\\ud" in text or "\\uD" in text else ""
 
+# %% ../../nbs/data/304_jsonlines.ipynb #half-pair
 def half_pair(value: Any) -> str:  # "" if it can be written as UTF-8
     "Name half a surrogate pair in a value."
     try: json.dumps(value, ensure_ascii=False).encode()
@@ -69,6 +73,7 @@ def not_object(value: Any) -> str:  # "" for an object
     names = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
     return "" if isinstance(value, dict) else f"{names.get(type(value), 'null')}, not an object"
 
+# %% ../../nbs/data/304_jsonlines.ipynb #read-line
 def read_line(line: bytes) -> tuple[dict[str, Any], str]:  # the object, and what is wrong with it or ""
     "Parse a line that should hold an object."
     try: text = line.decode()
@@ -106,6 +111,7 @@ def one_a_line(block: bytes) -> int:  # lines; 0 if objects may share or span li
     between = block.count(b"}\n{")
     return between + 1 if between == block.count(b"\n") and block[:1] == b"{" and block[-1:] == b"}" else 0
 
+# %% ../../nbs/data/304_jsonlines.ipynb #fast-it
 def fast(block: bytes,  # whole lines
          schema: Any,  # pyarrow.Schema of the columns met so far
          line: int,  # number of the first line
@@ -130,6 +136,7 @@ def merged(schema: Any,  # pyarrow.Schema so far
     fields = {f.name: f for f in new if f.type != pa.null()}
     return pa.schema([fields.pop(f.name, f) for f in schema] + list(fields.values()))
 
+# %% ../../nbs/data/304_jsonlines.ipynb #line-parts
 def line_parts(pieces: Iterable[bytes],  # UTF-8, as far as the file is what it says
                name: str,  # of the file, for messages
               ) -> Iterator[Part]:
@@ -163,6 +170,7 @@ def items(texts: Iterable[str],  # pieces of the file
         if not piece: raise DataError(f"the array is broken at item {n + 1}: {broken(text, at)}", name, "mend it, or write one object a line")
         if len(text) - at > LONGEST: raise DataError(f"item {n + 1} is broken or longer than {LONGEST // 2**20} MiB", name, "mend it, or write one object a line")
 
+# %% ../../nbs/data/304_jsonlines.ipynb #broken
 def broken(text: str,
            at: int,  # where the array could not be read on
           ) -> str:
@@ -188,16 +196,19 @@ def next_item(text: str,
     follows = skip(text, end)
     return (value, why, end, False) if follows < len(text) and text[follows] in ",]" else None
 
+# %% ../../nbs/data/304_jsonlines.ipynb #skip
 def skip(text: str, at: int) -> int:  # position of the next character that is not blank
     "Pass over blanks."
     while at < len(text) and text[at] in BLANK: at += 1
     return at
 
+# %% ../../nbs/data/304_jsonlines.ipynb #past
 def past(text: str, start: int) -> int:  # end of a value that is JSON and breaks a rule of ours; of the text where it may go on
     "Find the end of a value without judging it."
     try: return json.JSONDecoder(parse_int=str).raw_decode(text, start)[1]
     except ValueError: return len(text)
 
+# %% ../../nbs/data/304_jsonlines.ipynb #take-item
 def take_item(text: str, at: int, after: bool, name: str, n: int) -> tuple[Any, str, int, bool] | None:
     "Take one item, and say which one is nested too deeply."
     try: return next_item(text, at, after)
@@ -212,6 +223,7 @@ def rows_part(found: Sequence[tuple[int, Any, str]],  # place, value, what is wr
     bad = [BadRow(name, i, why, raw=json.dumps(v)[:200]) for i, v, why in found if why]
     return Part(as_table([v for _, v in good]), np.array([i for i, _ in good], dtype=np.int64), bad)
 
+# %% ../../nbs/data/304_jsonlines.ipynb #array-parts-it
 def array_parts(pieces: Iterable[bytes],  # UTF-8
                 name: str,  # of the file, for messages
                 size: int = 50_000,  # items of one part

@@ -97,6 +97,7 @@ def headline(rows: Rows) -> str:
     shown = ", ".join(rows.table.column_names[:12]) + (", ..." if rows.table.num_columns > 12 else "")
     return f"{rows.name}: {rows.read:,} rows read, {len(rows):,} kept, {len(rows.quarantine):,} in quarantine; columns {shown}"
 
+# %% ../../nbs/data/300_rows.ipynb #locate
 def locate(rows: Rows,
            positions: np.ndarray,  # positions in the table, from 0
           ) -> tuple[np.ndarray, np.ndarray]:  # index of the file, number in the file
@@ -111,6 +112,7 @@ def is_json(field: Any) -> bool:  # of a pyarrow.Field
     "Tell whether a column holds JSON text for values of several types."
     return (field.metadata or {}).get(b"kept as") == b"JSON"
 
+# %% ../../nbs/data/300_rows.ipynb #decoded-it
 def decoded(field: Any,  # pyarrow.Field
             array: Any,  # its values, a pyarrow array
            ) -> list[Any]:  # Python values
@@ -154,6 +156,7 @@ def inside(value: Any,  # a parsed JSON value
     for key in keys: value = value.get(key) if isinstance(value, dict) else None
     return value
 
+# %% ../../nbs/data/300_rows.ipynb #column-it
 def column(rows: Rows,
            name: str,  # of the column, or a path such as "meta.label"
           ) -> list[Any]:  # its values, as read

@@ -125,6 +125,7 @@ def common(fields: Sequence[Any],  # pyarrow.Field of one column, from several p
         return pa.field(fields[0].name, pa.string(), metadata=AS_JSON)
     return pa.field(fields[0].name, pa.float64() if len(types) > 1 else (types or [pa.null()])[0])
 
+# %% ../../nbs/data/301_tables.ipynb #unify
 def unify(schemas: Sequence[Any],  # pyarrow.Schema of each part
          ) -> Any:  # pyarrow.Schema
     "Find the columns and types that hold all parts."
@@ -198,6 +199,7 @@ def mapped(path: str) -> Any:  # pyarrow.Table
     "Open an Arrow file without reading it into memory."
     return pa.ipc.open_file(pa.memory_map(path)).read_all()
 
+# %% ../../nbs/data/301_tables.ipynb #joined
 def joined(store: Store) -> Any:  # pyarrow.Table
     "Join all tables of a store into one; this ends the store."
     if not store.paths:
