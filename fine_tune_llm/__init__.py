@@ -11,6 +11,7 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     **dict.fromkeys(("DecisionPolicy", "Decisions"), "uncertainty.risk"),
     "AuditReport": "audit.report", "audit": "audit",
     "load_data": "data.loading", "docstrings": "data.docstrings",
+    "read_rows": "data.files", "load_rows": "data.forms",
     "load_model": "models.loading", "finetune": "training.trainer",
     "TrainingPanel": "panels.training",
     **dict.fromkeys(("Bundle", "bundle", "load_bundle"), "apps.bundle"),
