@@ -26,6 +26,7 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     "load_data": "data.loading", "docstrings": "data.docstrings",
     **dict.fromkeys(("data_truth", "DataTruth"), "data.truth"), "Template": "data.templates",
     **dict.fromkeys(("check_data", "DataReport"), "data.report"), "split_data": "data.dealing",
+    "read_rows": "data.files", "load_rows": "data.forms",
     "load_model": "models.loading", "finetune": "training.trainer",
     "TrainingPanel": "panels.training",
     **dict.fromkeys(("Bundle", "bundle", "load_bundle"), "apps.bundle"),
