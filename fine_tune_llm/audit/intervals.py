@@ -120,9 +120,8 @@ def error_at(chance: np.ndarray,  # to measure at most what was measured, shape 
     "Find the calibration error at which the measured one has a given chance."
     high = np.max(np.divide(d, var, out=np.zeros(d.shape), where=var > 0), axis=1, initial=0.0) * (1 + 1e-9)
     low = -np.ones(len(total))
-    for _ in range(80):
-        low = np.where(total_below(total, d, var, low)[0] > chance, 2 * low, low)
-    for _ in range(80):
+    while (far := (low > -1e12) & (total_below(total, d, var, low)[0] > chance)).any(): low = np.where(far, 4 * low, low)
+    for _ in range(50):
         middle = (low + high) / 2
         short = total_below(total, d, var, middle)[0] < chance
         low, high = np.where(short, middle, low), np.where(short, high, middle)
