@@ -108,7 +108,7 @@ def limits_of(preds: Predictions,
         out.append("The sets came without their calibration rows, so an overlap could not be ruled out.")
     if "training" not in preds.seen:
         out.append("The predictions do not say which rows trained the model, so an overlap could not be ruled out.")
-    out.append(f"The {checks} findings about all rows are judged one by one. Were each just at its limit, "
+    out.append(f"Findings about all rows ({checks}) are judged one by one. Were each just at its limit, "
                f"about {false_alarms(checks):.1f} would fail by chance.")
     if comparisons: out.append(f"The fails among {comparisons} comparisons of groups are all right in 95 % of audits; "
                                "a group of fewer than ten rows is never judged.")
