@@ -9,10 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fine_tune_llm.audit.groups import Grouping, compared, group_metrics, rows_of
+from fine_tune_llm.audit.groupings import Grouping
+from fine_tune_llm.audit.groups import group_metrics, rows_of
 from fine_tune_llm.audit.measures import Metric
 from fine_tune_llm.audit.parity import parity
 from fine_tune_llm.audit.report import audit
+from fine_tune_llm.audit.tallies import compared
 from fine_tune_llm.core.errors import DataError
 from fine_tune_llm.core.labels import Labels
 from fine_tune_llm.uncertainty.conformal import ConformalClassifier

@@ -6,10 +6,11 @@ import pandas as pd
 import pytest
 from scipy.stats import binom
 
-from fine_tune_llm.audit.groups import Tally, group_metrics
+from fine_tune_llm.audit.groups import group_metrics
 from fine_tune_llm.audit.intervals import BinSums, calibration_error, exact, gap_of, student, wilson
 from fine_tune_llm.audit.parity import pairs_of
 from fine_tune_llm.audit.report import audit
+from fine_tune_llm.audit.tallies import Tally
 from fine_tune_llm.core.labels import Labels
 from fine_tune_llm.uncertainty.predictions import Predictions
 

@@ -15,8 +15,10 @@ import numpy as np
 import pandas as pd
 
 from .exports import csv_text, html_table, markdown_table
-from .groups import By, Grouping, Tally, compared, ends_of, groupings, notices_of, standard_of
+from .groupings import By, Grouping, groupings
+from .groups import notices_of, standard_of
 from .intervals import Ends, gap_of
+from .tallies import Tally, compared, ends_of
 from ..core.errors import DataError
 from ..core.figures import styled
 from ..uncertainty.conformal import ConformalClassifier, PredictionSets

@@ -33,19 +33,10 @@ from ..uncertainty.risk import DecisionPolicy, promise
 
 # isort: split
 from .drawings import cut, gaps_figure, points, reliability_figure, risk_figure, sets_figure
-from fine_tune_llm.audit.groups import (
-    By,
-    Compared,
-    Grouping,
-    GroupRow,
-    all_rows,
-    compared,
-    false_alarms,
-    groupings,
-    look_alikes,
-    rows_frame,
-)
+from .groupings import By, Grouping, groupings, look_alikes
+from .groups import GroupRow, all_rows, false_alarms, rows_frame
 from .measures import Metric, chosen, decision_metrics, standard_metrics
+from .tallies import Compared, compared
 
 # isort: split
 from fine_tune_llm.audit.findings import (

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import hypergeom, t
 
 from .exports import csv_text, html_table, markdown_table
-from .groups import group_codes
+from .groupings import group_codes
 from .intervals import Ends, gap_of, student, wilson
 from ..core.errors import ConfigurationError, DataError, TooFewRowsError
 from ..core.figures import styled
