@@ -187,10 +187,10 @@ def test_small_groups_never_pass_nor_fail():
 
 
 def test_the_largest_difference_pays_for_all_its_pairs():
-    "Five groups without any difference: ten pairs, and the lower end is above 0 in at most 5 % of draws."
+    "Five groups without any difference: ten pairs, and the lower end is above 0 in 5 % of draws, within three standard errors."
     rng, false = np.random.default_rng(5), 0
     for _ in range(600):
         k = rng.binomial(300, 0.4, 5)
         e, _, _ = largest_difference({"TPR": Tally(np.array([[300] * 5, k, k], dtype=float))}, list("abcde"))
         false += e.low > 0
-    assert false / 600 <= 0.05
+    assert false / 600 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 600)  # without the correction it would be over 0.2
