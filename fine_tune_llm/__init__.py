@@ -23,6 +23,7 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     "join_sets": "uncertainty.sets", "conformal_p_values": "uncertainty.p_values", "cross_conformal": "uncertainty.cross",
     **dict.fromkeys(("DecisionPolicy", "Decisions"), "uncertainty.risk"),
     "AuditReport": "audit.report", "audit": "audit",
+    "group_metrics": "audit.groups", "parity": "audit.parity", "find_slices": "audit.slices",
     "load_data": "data.loading", "docstrings": "data.docstrings",
     **dict.fromkeys(("data_truth", "DataTruth"), "data.truth"), "Template": "data.templates",
     **dict.fromkeys(("check_data", "DataReport"), "data.report"), "split_data": "data.dealing",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['points', 'whole', 'decimals', 'cut', 'reliability_plot', 'ece_plot', 'reliability_title', 'reliability_figure',
-           'coverage_plot', 'sizes_plot', 'sets_figure', 'risk_plot', 'cost_plot', 'saving', 'risk_figure', 'gap_plot',
-           'gap_axis', 'gap_line', 'gaps_title', 'gaps_figure']
+           'coverage_plot', 'sizes_plot', 'sets_figure', 'risk_plot', 'cost_plot', 'saving', 'risk_figure', 'gap_words',
+           'drawn_at', 'gap_plot', 'gap_axis', 'gap_line', 'gaps_title', 'gaps_figure']
 
 # %% ../../nbs/audit/230_drawings.ipynb #imports
 import html
@@ -216,19 +216,31 @@ def risk_figure(d: Decided,
     return figure(whole(title), note, cells(*plots, cls="wide"),
                   table(("coverage", "risk"), [(num(c), num(r)) for c, r in d.curve[::5]]))
 
+# %% ../../nbs/audit/230_drawings.ipynb #gap-units
+def gap_words(r: GroupRow) -> str:
+    "Write a gap in points, or a gap of means in its own unit."
+    if r.hits is not None or not r.gap: return points(r.gap)
+    return ci(r.gap.value, r.gap.low, r.gap.high, 2, True)
+
+def drawn_at(r: GroupRow,
+             tolerance: float,  # half width of the grey band, a share
+            ) -> float:  # what to multiply a gap with
+    "Scale the gap of a mean so that its tolerance is the grey band."
+    return 1.0 if r.hits is not None else tolerance / r.tolerance
+
 # %% ../../nbs/audit/230_drawings.ipynb #gap-plot
 def gap_plot(r: GroupRow,
-             tolerance: float,  # half width of the grey band, a share
+             tolerance: float,  # half width of the grey band where a mean is drawn, a share
              span: float,  # half width of the axis, a share
             ) -> Plot:
     "Draw one gap in front of the tolerance."
-    name = f"{r.metric}, {r.group}: {points(r.gap)}, {r.verdict}"
-    p = Plot(name, name, (-span, span), (0, 1), 30, 0, 0, 0, 0).band((-tolerance, tolerance), (0, 0), (1, 1), "null")
+    name, half = f"{r.metric}, {r.group}: {gap_words(r)}, {r.verdict}", tolerance if r.hits is None else r.tolerance
+    p = Plot(name, name, (-span, span), (0, 1), 30, 0, 0, 0, 0).band((-half, half), (0, 0), (1, 1), "null")
     p.seg(0, 0, 0, 1, "thin axis")
     if r.gap:
-        p.dot(r.gap.value, .5, POINT[r.verdict], points(r.gap), (r.gap.low, r.gap.high))
-        p.text(span, .5, "\u203a" * (r.gap.high > span), "c", 3).text(-span, .5, "\u2039" * (r.gap.low < -span), "c",
-                                                                      -8)
+        value, low, high = (v * drawn_at(r, tolerance) for v in (r.gap.value, r.gap.low, r.gap.high))
+        p.dot(value, .5, POINT[r.verdict], gap_words(r), (low, high))
+        p.text(span, .5, "\u203a" * (high > span), "c", 3).text(-span, .5, "\u2039" * (low < -span), "c", -8)
     return p
 
 # %% ../../nbs/audit/230_drawings.ipynb #gap-axis
@@ -253,7 +265,7 @@ def gap_line(r: GroupRow,
     value = num(r.rate.value) if r.rate else "\u2013"
     return (f'<tr><td title="{html.escape(r.group)}">{html.escape(cut(r.group))}</td><td class="num">{num(r.n, 0)}</td>'
             f'<td class="num rate">{value}</td><td class="ax">{gap_plot(r, tolerance, span).svg()}</td>'
-            f'<td>{points(r.gap)}</td><td>{chip(r.verdict)}</td></tr>')
+            f'<td>{gap_words(r)}</td><td>{chip(r.verdict)}</td></tr>')
 
 # %% ../../nbs/audit/230_drawings.ipynb #gaps-title
 def gaps_title(rows: Sequence[GroupRow]) -> str:
@@ -263,9 +275,9 @@ def gaps_title(rows: Sequence[GroupRow]) -> str:
     lack = f"lack{'s' * (unknown == 1)} evidence"
     if not failed and not unknown: return f"All {m} group checks pass"
     if not failed: return f"No group check fails, but {unknown} of {m} {lack}"
-    worst = max(failed, key=lambda r: abs(r.gap.value) if r.gap else 0)
+    worst = max(failed, key=lambda r: abs(r.gap.value) / r.tolerance if r.gap else 0)
     return (f"{len(failed)} of {m} group checks fail{'s' * (len(failed) == 1)}: "
-            f"{worst.metric} of {cut(worst.group)} differs from the rest by {points(worst.gap)} points"
+            f"{worst.metric} of {cut(worst.group)} differs from the rest by {gap_words(worst)}{' points' * (worst.hits is not None)}"
             + (f"; {unknown} {lack}" if unknown else ""))
 
 # %% ../../nbs/audit/230_drawings.ipynb #gaps-figure
@@ -274,7 +286,7 @@ def gaps_figure(rows: Sequence[GroupRow],  # at least one
                 note: str = "",  # what to add below the rule
                ) -> str:  # an HTML figure
     "Draw the group table."
-    span = max([3 * tolerance, *(ceil(20 * abs(r.gap.value) + .2) / 20 for r in rows if r.gap)])
+    span = max([3 * tolerance, *(ceil(20 * abs(r.gap.value) + .2) / 20 for r in rows if r.gap and r.hits is not None)])
     body, before = "", ("", "")
     for r in rows:
         if (r.metric, r.column) != before:
@@ -285,9 +297,9 @@ def gaps_figure(rows: Sequence[GroupRow],  # at least one
     head = ('<tr><th>group</th><th class="num">n</th><th class="num rate">rate</th>'
             f'<th class="ax">{gap_axis(tolerance, span).svg()}</th><th>gap [95 %]</th><th>verdict</th></tr>')
     rule = (f"Grey: tolerance \u00b1{num(100 * tolerance, 0)} points. "
-            "Pass: the whole 95 % interval of the gap is inside. Fail: the whole interval is outside. "
-            "Otherwise not enough evidence. ")
-    data = [(r.metric, r.column, r.group, r.n, told(r.rate) if r.rate else "\u2013", points(r.gap), r.verdict)
+            "Pass: the whole 95 % interval of the gap is inside. Fail: the whole interval is outside, even when it is widened "
+            "to hold for all lines together. Otherwise not enough evidence. ")
+    data = [(r.metric, r.column, r.group, r.n, told(r.rate) if r.rate else "\u2013", gap_words(r), r.verdict)
             for r in rows]
     narrow = "<style>@media(max-width:760px){.look.look .rate{display:none}}</style>"
     return figure(whole(gaps_title(rows)), rule + note, f"{narrow}<table><thead>{head}</thead>{body}</table>",
