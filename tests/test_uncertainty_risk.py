@@ -7,12 +7,12 @@ from fine_tune_llm.core.errors import ConfigurationError, DataError, OverlapErro
 from fine_tune_llm.core.labels import Labels, cost_matrix
 from fine_tune_llm.uncertainty.bounds import betting_p, binomial_p, binomial_upper, hoeffding_bentkus_p, risk_upper
 from fine_tune_llm.uncertainty.cascade import Cascade
+from fine_tune_llm.uncertainty.certificates import GRID, certify, sgr
 from fine_tune_llm.uncertainty.conformal_rank import marginal_rank
 from fine_tune_llm.uncertainty.control import conformal_risk_control, risk_controlling
 from fine_tune_llm.uncertainty.costs import cost_against_always, cost_against_plain, plain_threshold, row_costs
 from fine_tune_llm.uncertainty.predictions import Predictions
 from fine_tune_llm.uncertainty.risk import DecisionPolicy
-from fine_tune_llm.uncertainty.certificates import GRID, certify, sgr
 from fine_tune_llm.uncertainty.testing import bonferroni, fixed_sequence, holm
 
 FIVE = Labels(tuple("abcde"))

@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike
 from ..core.errors import ConfigurationError, DataError
 from ..core.labels import cost_matrix, label_index
 from ..uncertainty.conformal import PredictionSets
+from ..uncertainty.costs import Decisions, row_costs
 from ..uncertainty.predictions import Predictions
-from ..uncertainty.risk import Decisions, row_costs
 
 # %% ../../nbs/audit/204_measures.ipynb #metric
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ from ..uncertainty.calibration import save_json
 from ..uncertainty.conformal import ConformalClassifier, PredictionSets
 from ..uncertainty.metrics import ece, nll
 from ..uncertainty.predictions import Predictions
-from ..uncertainty.risk import DecisionPolicy, promise
+from ..uncertainty.risk import DecisionPolicy
 
 # isort: split
 from .drawings import cut, gaps_figure, points, reliability_figure, risk_figure, sets_figure
@@ -313,7 +313,7 @@ def notes_of(sets: PredictionSets | None,
     if policy is not None:
         costs = "An error costs what the cost matrix says" if policy.costs is not None else "An error costs 1"
         paid = f", an abstention {num(policy.abstain_cost, 2)}. " if policy.abstain_cost is not None else ". "
-        notes["policy"] = costs + paid + promise(policy.max_risk, policy.delta, policy.threshold_, policy.n_)
+        notes["policy"] = costs + paid + policy.promise
     return notes
 
 # %% ../../nbs/audit/240_report.ipynb #audit

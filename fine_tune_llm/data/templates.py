@@ -165,8 +165,9 @@ def render_rows(rows: Rows, template: Template,
                ) -> tuple[list[Rendering], list[int], dict[int, str]]:  # (renderings, their positions in the table, position -> reason)
     "Render each row, or say why it cannot be."
     made, kept, faults = [], [], {}
+    frame = rows.frame
     for start in range(0, len(rows), 4096):
-        records: list[Any] = rows.frame.iloc[start:start + 4096].to_dict("records")
+        records: list[Any] = frame.iloc[start:start + 4096].to_dict("records")
         for i, row in enumerate(records, start):
             try: made.append(template.render(row, tokenizer))
             except FineTuneLLMError: raise

@@ -23,10 +23,11 @@ from typing import Any
 import pandas as pd
 
 from ..core.errors import ConfigurationError, DataError
-from .files import Rows, column
 from .plugins import read_source
+from .rows import Rows, column
 from .splits import Data, Split, row_id, unique_ids
 from .steps import Recipe, Step
+from .tables import as_column
 
 # %% ../../nbs/data/382_transforms.ipynb #run
 Functions = Sequence[tuple[Step, Callable[..., str]]]  # steps, each with its function
@@ -67,9 +68,8 @@ def trace(data: Data,
          ) -> dict[str, str]:  # id of a train row -> "file, line 7"
     "Find the place of each train row in its source."
     rows = read_source(source)
-    if text not in rows.frame: raise DataError(f"no column {text!r}", rows.name, f"use one of: {', '.join(map(repr, list(rows.frame)[:12]))}")
-    ids = unique_ids([row_id(t) for t in rows.frame[text].map(str)])
-    found = {i: f"{rows.name}, {rows.unit} {place}" for i, place in zip(ids, rows.places)}
+    ids = unique_ids([row_id(str(t)) for t in column(rows, text)])
+    found = {i: f"{rows.name}, {rows.unit} {place}" for i, place in zip(ids, rows.places.tolist())}
     lacking = [i for i in data.train.ids if i not in found]
     if lacking: raise DataError(f"{len(lacking)} of {len(data.train)} train rows are not in the source", f"{rows.name}, ids {', '.join(lacking[:3])}",
                                 "pass the source that the data was loaded from")
@@ -176,15 +176,15 @@ def clean_rows(source: Any,  # path, plugin name, list of dicts, DataFrame or Da
     if added := [s.name for s in recipe.steps if s.adds]:
         raise ConfigurationError(f"these steps add rows: {', '.join(added)}", where="clean_rows", fix="leave them out, or use transform on labelled data")
     rows, steps, told = read_source(source), functions(recipe, adds=False), []
-    frame = rows.frame.copy()
+    table, places = rows.table, rows.places.tolist()
     for name in columns:
         values = column(rows, name)
         for i, value in enumerate(values):
             if not isinstance(value, str): continue
-            values[i], done = run_cleaning(steps, value, f"{rows.name}, {rows.unit} {rows.places[i]}, column {name}")
-            if done: told.append({"place": rows.places[i], "column": name, "steps": tuple(done)})
-        frame[name] = pd.Series(values, dtype=object, index=frame.index)
-    return replace(rows, frame=frame), pd.DataFrame(told, columns=["place", "column", "steps"])
+            values[i], done = run_cleaning(steps, value, f"{rows.name}, {rows.unit} {places[i]}, column {name}")
+            if done: told.append({"place": places[i], "column": name, "steps": tuple(done)})
+        table = table.set_column(table.column_names.index(name), *as_column(name, values))
+    return replace(rows, table=table), pd.DataFrame(told, columns=["place", "column", "steps"])
 
 # %% ../../nbs/data/382_transforms.ipynb #save
 def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -21,9 +21,10 @@ from ..core.errors import ConfigurationError, DataError
 from ..core.figures import figure, num, styled, table
 from .cuts import CUTS, count_true, cut_tokens, first_true, settle_fates
 from .encoding import Encoded, encode_cached, end_tokens
-from .files import Rows, at
 from .plugins import read_source, run_checks
+from .rows import Rows, at, set_aside
 from .splits import Split
+from .tables import from_memory
 from .templates import Pieces, Template, find_template, refuse_faults, render_rows
 from .token_map import FATES, TokenMap, draw_map, token_text
 
@@ -48,7 +49,7 @@ def row_table(e: Encoded, fates: np.ndarray,  # uint8 [T]
 @dataclass(frozen=True, eq=False, repr=False)
 class DataTruth:
     "Hold what becomes of every token of every row."
-    rows: Rows  # name and places of the rows that could be rendered; no columns
+    rows: Rows  # those that could be rendered
     ids: np.ndarray  # int32 [T], token ids before any cut, row after row
     fates: np.ndarray  # uint8 [T], positions in FATES
     start: np.ndarray  # int64 [n + 1], where each row starts
@@ -112,7 +113,7 @@ def map_row(truth: DataTruth, place: int) -> TokenMap:
     if place in truth.quarantine: raise DataError(f"this row could not be rendered: {truth.quarantine[place]}", f"{truth.rows.name}, {truth.rows.unit} {place}")
     if place not in truth.rows.places:
         raise DataError(f"no {truth.rows.unit} {place}", truth.rows.name, f"use one of {truth.rows.places[0]} to {truth.rows.places[-1]}")
-    i = truth.rows.places.index(place)
+    i = int(np.flatnonzero(truth.rows.places == place)[0])
     r, cut = truth.table.iloc[i], slice(truth.start[i], truth.start[i + 1])
     state = "dropped" if not r["kept"] else "its answer is cut" if r["answer_cut"] else "whole"
     notes = [note for note, holds in (("The answer does not close with an end token.", r["end_wanted"] and not r["end_supervised"]), (f"{r['bos']} BOS tokens.", r["bos"] > 1),
@@ -170,7 +171,7 @@ def as_rows(source: Any,  # a `Split`, or anything that `read_source` takes
     if not isinstance(source, Split): return read_source(source)
     if not len(source): raise DataError("no rows", source.name, "give at least one row")
     names = [source.labels[k] for k in source.y] if source.y is not None else [None] * len(source)
-    return Rows(source.name, pd.DataFrame({"text": source.texts, "label": names}, dtype=object), list(range(1, len(source) + 1)))
+    return replace(from_memory([{"text": t, "label": n} for t, n in zip(source.texts, names)]), name=source.name)
 
 # %% ../../nbs/data/378_truth.ipynb #choices
 def check_choice(**chosen: tuple[str, Sequence[str]]) -> None:  # argument -> (value, allowed values)
@@ -204,8 +205,8 @@ def data_truth(rows: Any,  # path, plugin name, list of dicts, DataFrame, Datase
     keep = first_true(e.ids != tokenizer.bos_token_id, e.start) if tokenizer.bos_token_id is not None else np.zeros(len(e), np.int64)
     gone = cut_tokens(e, int(e.lengths.max()) if limit is None else limit, cut, keep)
     fates = settle_fates(e, gone, whole=on_cut == "drop")
-    light = Rows(source.name, pd.DataFrame(index=range(len(kept))), [source.places[i] for i in kept], source.unit)
-    truth = DataTruth(light, e.ids, fates, e.start, row_table(e, fates, gone, tokenizer), tokenizer, chosen.name, limit, cut,
-                      {source.places[i]: why for i, why in faults.items()})
+    places = source.places.tolist()
+    truth = DataTruth(set_aside(source, faults), e.ids, fates, e.start, row_table(e, fates, gone, tokenizer), tokenizer, chosen.name, limit, cut,
+                      {places[i]: why for i, why in faults.items()})
     if on_cut == "refuse": refuse_losses(truth, keep)
     return replace(truth, notices=(*find_notices(truth), *run_checks(source, checks)))

@@ -19,11 +19,11 @@ from numpy.typing import ArrayLike
 from ..core.errors import ConfigurationError
 from ..core.labels import Labels
 from .calibration import expect_kind, fresh_truth, load_json, require_fitted, save_json
+from .certificates import certify, coverage_low, least_abstention, least_answers, strictest
 from .conformal_rank import pac_rank, threshold
 from .costs import Decisions, Weighed, cost_against_always, cost_array, weigh
 from .metrics import rate
 from .predictions import Predictions, labels_from
-from .certificates import certify, coverage_low, least_abstention, least_answers, strictest
 
 _all_ = ["Decisions", "cost_against_always"]  # this page's nouns, defined one page below
 
