@@ -10,6 +10,7 @@ __all__ = ['LABEL', 'sourced', 'fields', 'settle', 'spellings', 'label_set', 'so
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ import pandas as pd
 from ..core.errors import DataError
 from ..core.labels import Labels, label_index
 from .columns import detect, joined_column
+from .dealing import split_data
 from .files import read_rows
+from .ledger import load_ledger
 from .rows import Rows, at, column, fault, faults, set_aside, usable
-from .splits import SPLITS, Data, Split, assign, fingerprint, normalise, row_id, unique_ids
+from .splits import SPLITS, Data, Split, fingerprint, normalise, row_id, unique_ids
 
 # %% ../../nbs/data/325_loading.ipynb #sourced
 LABEL = (str, bool, int, float)  # types that a label may have
@@ -47,27 +50,30 @@ def sourced(source: Any, text: str | Sequence[str] | None, label: str | None,
 # %% ../../nbs/data/325_loading.ipynb #fields
 def fields(rows: Rows, text: str, label: str, groups: Sequence[str], split: str | None,
            side: str = "",  # side of every row where `split` is None
-          ) -> pd.DataFrame:  # columns text, label, id, side, source and one "group:..." per group
+           **more: str | None,  # further columns to take, by the name they get: together, time
+          ) -> pd.DataFrame:  # columns text, label, id, side, source, those of `more` and one "group:..." per group
     "Take the columns that matter, checked, as text."
     texts, names = usable(rows, {text: (str,), label: LABEL})
     sides = usable(rows, {split: (str,)})[0] if split else [side] * len(rows)
-    strange = [i for i, s in enumerate(sides) if s not in (*SPLITS, "held-out", side)]
+    strange = [i for i, s in enumerate(sides) if s not in (*SPLITS, "shift", "held-out", side)]
     if strange: raise DataError(f"{sides[strange[0]]!r} is no split", f"{rows.name}, {split}, {at(rows, strange)}",
-                                f"use {', '.join(SPLITS)} or held-out")
+                                f"use {', '.join(SPLITS)}, shift or held-out")
     frame = {"text": texts, "label": names, "id": [row_id(t) for t in texts], "side": sides, "source": [rows.name] * len(rows)}
     extra = {f"group:{g}": [None if fault(v, (object,)) == "is missing" else str(v) for v in column(rows, g)] for g in groups}
-    return pd.DataFrame({**frame, **extra}, dtype=object)
+    taken = {name: [None if fault(v, (object,)) == "is missing" else v for v in column(rows, c)] for name, c in more.items() if c}
+    return pd.DataFrame({**frame, **extra, **taken}, dtype=object)
 
 # %% ../../nbs/data/325_loading.ipynb #settle
 def settle(frame: pd.DataFrame,  # of `fields`
            seed: int, sizes: Sequence[float],
-          ) -> tuple[pd.DataFrame, pd.DataFrame]:  # (rows with a final side, rows set aside)
+           **deal: Any,  # near, stratify and ledger of `split_data`
+          ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:  # (rows with a final side, rows set aside, notes)
     "Give each row its side, and each text only one."
-    anywhere, held = assign(list(frame["id"]), seed, sizes), assign(list(frame["id"]), seed, (0, *(sizes[1:] if sum(sizes[1:]) else (1, 1, 1))))
-    frame = frame.assign(side=[{"": a, "held-out": h}.get(s, s) for s, a, h in zip(frame["side"], anywhere, held)])
-    rank = frame["side"].map(SPLITS.index).astype(int)
-    last = rank == rank.groupby(frame["id"]).transform("max")
-    return frame[last].reset_index(drop=True), frame[~last]
+    given, groups, times = list(frame["side"]), frame.get("together"), frame.get("time")
+    done = split_data(list(frame["text"]), list(frame["label"]), None if groups is None else list(groups), None if times is None else list(times),
+                      given if any(given) else None, sizes=sizes, seed=seed, **deal)
+    frame, stay = frame.assign(side=done.place), done.place != ""
+    return frame[stay].reset_index(drop=True), frame[~stay], [n for n in done.notes if not n.startswith("Rows set aside")]
 
 # %% ../../nbs/data/325_loading.ipynb #spellings
 def spellings(names: Sequence[str]) -> list[list[str]]:  # groups of at least two names that look alike
@@ -156,20 +162,28 @@ def load_data(source: Any,  # anything that `read_rows` takes: path, pattern, fo
               split: str | None = None,  # column with train, validation, calibration, test or held-out
               sizes: Sequence[float] = (.6, .1, .15, .15),  # shares of the four splits
               labels: Labels | Sequence[str] | None = None,  # the classes; None: the distinct names, sorted
+              together: str | None = None,  # column whose rows no cut may tear, such as the customer
+              time: str | None = None,  # column of moments: train before validation before the rest
+              near: float | None = None,  # likeness from which texts stay on one side, 0.8 say; None for copies alone
+              stratify: bool = False,  # True for the same share of each class in each split
+              ledger: Mapping[str, str] | str | Path | None = None,  # of an earlier deal, or the run folder that holds it
               on_bad_row: str = "refuse",  # or "quarantine": go on without the rows that cannot be used
               **how: Any,  # further settings of `read_rows`: format, encoding, delimiter, names, field, progress
              ) -> Data:
     "Read rows, check them, and place them in four disjoint splits."
-    rows, text, label = sourced(source, text, label, [*groups, *([split] if split else [])], how := {**how, "on_bad_row": on_bad_row})
-    frame, read = fields(rows, text, label, groups, split), [rows]
+    how, more = {**how, "on_bad_row": on_bad_row}, {"together": together, "time": time}  # type: dict[str, Any], dict[str, Any]
+    rows, text, label = sourced(source, text, label, [*groups, *(c for c in (split, together, time) if c)], how)
+    frame, read = fields(rows, text, label, groups, split, **more), [rows]
     if test is not None:
         read.append(sourced(test, text, label, (), how)[0])
-        frame = pd.concat([frame, fields(read[1], text, label, groups, None, "test")], ignore_index=True)
+        frame = pd.concat([frame, fields(read[1], text, label, groups, None, "test", **more)], ignore_index=True)
         sizes = (*sizes[:3], 0)
     known = label_set(list(frame["label"]), labels, frame["source"].iloc[0])
-    kept, aside = settle(frame, seed, sizes)
+    ledger = load_ledger(ledger) if isinstance(ledger, (str, Path)) else ledger
+    kept, aside, odd = settle(frame, seed, sizes, near=near, stratify=stratify, ledger=ledger)
     check_sides(kept, known, [s for s, share in zip(SPLITS, sizes) if share > 0])
-    notes = [*(n for r in read for n in reading_notes(r)), *findings(kept, aside, known)]
+    notes = [*(n for r in read for n in reading_notes(r)), *findings(kept, aside, known), *odd]
     kept = kept.assign(id=unique_ids(list(kept["id"])))
     train, validation, calibration, held = parts = [make_split(kept, name, known) for name in SPLITS]
-    return Data(train, validation, calibration, held, known, tuple(notes), fingerprint(parts))
+    later = make_split(kept, "shift", known) if (kept["side"] == "shift").any() else None
+    return Data(train, validation, calibration, held, known, tuple(notes), fingerprint([*parts, *([later] if later else [])]), shift=later)
