@@ -171,7 +171,8 @@ def load_data(source: Any,  # anything that `read_rows` takes: path, pattern, fo
               **how: Any,  # further settings of `read_rows`: format, encoding, delimiter, names, field, progress
              ) -> Data:
     "Read rows, check them, and place them in four disjoint splits."
-    how, more = {**how, "on_bad_row": on_bad_row}, {"together": together, "time": time}  # type: dict[str, Any], dict[str, Any]
+    how = {**how, "on_bad_row": on_bad_row}
+    more: dict[str, Any] = {"together": together, "time": time}
     rows, text, label = sourced(source, text, label, [*groups, *(c for c in (split, together, time) if c)], how)
     frame, read = fields(rows, text, label, groups, split, **more), [rows]
     if test is not None:
