@@ -26,7 +26,7 @@ from ..models.scoring import score_texts
 from ..training.checkpoints import damage, describe_file
 from ..training.fingerprint import library_versions
 from ..training.trainer import TrainingRun, trained_module
-from ..uncertainty.calibration import TemperatureScaling
+from ..uncertainty.calibration_choice import load_calibrator
 from ..uncertainty.conformal import ConformalClassifier
 from ..uncertainty.predictions import Predictions
 from ..uncertainty.risk import DecisionPolicy
@@ -51,7 +51,7 @@ class Answer:
 # %% ../../nbs/apps/700_bundle.ipynb #decide
 def decide_texts(texts: Sequence[str],  # n texts
                  score: Callable[[Sequence[str]], np.ndarray],  # texts -> logits, shape [n, K]
-                 labels: Labels, cal: TemperatureScaling, sets: ConformalClassifier, policy: DecisionPolicy,
+                 labels: Labels, cal: Any, sets: ConformalClassifier, policy: DecisionPolicy,
                 ) -> list[Answer]:
     "Decide about each text."
     ids = [row_id(t) for t in texts]
@@ -69,7 +69,7 @@ class Bundle:
     model: Model
     module: Any  # the adapted torch model
     labels: Labels
-    cal: TemperatureScaling
+    cal: Any  # a fitted calibrator, such as TemperatureScaling
     sets: ConformalClassifier
     policy: DecisionPolicy
     report: AuditReport | None = None  # absent when loaded: its files are in `folder`
@@ -95,7 +95,7 @@ class Bundle:
 
 # %% ../../nbs/apps/700_bundle.ipynb #make
 def bundle(run: TrainingRun,  # a finished run
-           cal: TemperatureScaling, sets: ConformalClassifier, policy: DecisionPolicy,  # each fitted
+           cal: Any, sets: ConformalClassifier, policy: DecisionPolicy,  # each fitted
            report: AuditReport | None = None,
           ) -> Bundle:
     "Collect a decision system."
@@ -156,5 +156,5 @@ def load_bundle(folder: str | Path,  # that `Bundle.save` wrote
                          where=str(folder), fix="pass base= with the right one")
     module = load_adapter(build_classifier(model, labels), folder / "adapter")
     trust = folder / "trust"
-    return Bundle(model, module, labels, TemperatureScaling.load(trust / "calibrator.json"), ConformalClassifier.load(trust / "conformal.json"),
+    return Bundle(model, module, labels, load_calibrator(trust / "calibrator.json"), ConformalClassifier.load(trust / "conformal.json"),
                   DecisionPolicy.load(trust / "policy.json"), None, notes["max_length"], folder, notes)

@@ -113,12 +113,12 @@ class Coverage:
 
 # %% ../../nbs/audit/220_findings.ipynb #coverage-verdict
 def coverage_verdict(measured: Estimate,
-                     law: tuple[float, float],  # 95 % of test sets of this size lie between
+                     law: tuple[float, float],  # 95 % of test sets of this size lie between; (0, 1) where no law is known
                      target: float,  # promised coverage
                      tolerance: float,  # shortfall that still counts as kept
                     ) -> str:  # "pass", "fail" or "not enough evidence"
     "Hold measured coverage against its law."
-    if measured.value < law[0]: return "fail"
+    if measured.value < law[0] or law == (0, 1) and measured.high < target: return "fail"
     return "pass" if measured.low >= target - tolerance else "not enough evidence"
 
 # %% ../../nbs/audit/220_findings.ipynb #covered
@@ -138,7 +138,8 @@ def set_findings(sets: PredictionSets,
                 ) -> list[Finding]:
     "Hold prediction sets against their promise."
     n, target = whole.measured.n, 1 - sets.alpha
-    against = f"target {num(target)}; exact law [{num(whole.low)}, {num(whole.high)}]"
+    law = f"exact law [{num(whole.low)}, {num(whole.high)}]" if (whole.low, whole.high) != (0, 1) else f"no exact law ({sets.kind})"
+    against = f"target {num(target)}; {law}"
     return [Finding("coverage", whole.measured, against,
                     coverage_verdict(whole.measured, (whole.low, whole.high), target, tolerance)),
             Finding("mean set size", mean(np.asarray(sets.sizes, dtype=float)), f"{sets.matrix.shape[1]} labels",

@@ -20,6 +20,7 @@ import yaml
 
 from ..core.errors import TrainingError
 from ..core.runs import Run, write_atomic
+from ..data.ledger import save_ledger
 from ..data.splits import Data, Split
 from ..models.adapters import add_adapter, describe, load_adapter
 from ..models.loading import Model, build_classifier, quiet, weights_fingerprint
@@ -143,6 +144,7 @@ def open_run(model: Model, data: Data, settings: Settings, out: str | Path | Non
         run = TrainingRun.create(out or fresh_folder(model))
         write_atomic(run.path / "config.yaml", yaml.safe_dump({**sections, "model": {k: getattr(model, k) for k in ("name", "quantize", "device", "dtype")},
                      "training": {**asdict(settings), "lora": dict(settings.lora)}}, sort_keys=False))
+        save_ledger(data, run.path)
     run.write_json("fingerprint.json", now)
     return TrainingRun(run.path, model, data, settings)
 
