@@ -65,7 +65,7 @@ def test_nothing_is_imported_until_it_is_used(toy):
     assert {(p.kind, p.name) for p in plugins() if p.package == "toy-letters 2.0"} == {
         ("source", "letters"), ("template", "interview"), ("check", "yes"), ("step", "lower"), ("check", "raises")}
     assert "toy_letters" not in sys.modules
-    assert read_source("letters:2").places == [1, 2] and "toy_letters" in sys.modules
+    assert read_source("letters:2").places.tolist() == [1, 2] and "toy_letters" in sys.modules
 
 
 BROKEN = {"source.gone = no_such_package:f": "ModuleNotFoundError", "source.gone = broken_module:f": "SyntaxError", "source.gone = toy_letters:nothing": "AttributeError",
@@ -105,6 +105,6 @@ def test_import_of_the_package_survives_broken_plugins(toy):
 def test_names_that_are_no_plugin(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "letters:3").mkdir()
-    with pytest.raises(ft.DataError, match="cannot read the file"): read_source("letters:3")  # what stands on the disk goes first
+    with pytest.raises(ft.DataError, match="no file of rows"): read_source("letters:3")  # what stands on the disk goes first
     with pytest.raises(ft.DataError): read_source("C:\\rows.csv")
     with pytest.raises(ft.ConfigurationError, match="no template 'letters'. Fix: use one of .*interview"): ft.data_truth("letters:9", None, template="letters")

@@ -49,7 +49,7 @@ def merging_tokenizer():
 
 def fates(truth, place):
     "Tokens and fates of a row, as names."
-    i = truth.rows.places.index(place)
+    i = truth.rows.places.tolist().index(place)
     part = slice(truth.start[i], truth.start[i + 1])
     return truth.tokenizer.convert_ids_to_tokens(truth.ids[part].tolist()), [FATES[k] for k in truth.fates[part]]
 
@@ -408,7 +408,7 @@ def test_chat_roles_file():
     for n, why in {3: "answer with no question", 4: "question without an answer", 5: r"turn 2 \(assistant\) is empty", 6: "unknown role 'wizard'", 7: "no turns"}.items():
         assert any(f"line {n}: " in part and why.replace("\\", "") in part for part in str(e.value).split("; ")), n
     truth = data_truth(file, t, on_bad_row="quarantine")
-    assert truth.rows.places == [1, 2, 8] and sorted(truth.quarantine) == [3, 4, 5, 6, 7] and truth.summary["rows"] == 8
+    assert truth.rows.places.tolist() == [1, 2, 8] and sorted(truth.quarantine) == [3, 4, 5, 6, 7] and truth.summary["rows"] == 8
     assert truth.summary["kept"] + truth.summary["quarantined"] == 8
     with pytest.raises(DataError, match="could not be rendered"): truth.row(5)
 

@@ -20,7 +20,7 @@ from fine_tune_llm.core.runs import Run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MISSING = [name for name in ("playwright", "jupyterlab") if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(not CHROMIUM or bool(MISSING), reason="needs " + " and ".join(MISSING or ["a chromium"]))
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM or bool(MISSING), reason="needs " + " and ".join(MISSING or ["a chromium"]))]
 
 # The cell that starts training. It must return at once and leave `run`, a run whose folder is `FOLDER`.
 TRAIN = """
