@@ -9,7 +9,7 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     **dict.fromkeys(("FineTuneLLMError", "ConfigurationError", "DataError", "ModelError", "TrainingError", "InferenceError",
                      "AuditError", "RunError", "OverlapError", "TooFewRowsError"), "core.errors"),
     "Labels": "core.labels", "Run": "core.runs",
-    "Predictions": "uncertainty.predictions",
+    "Predictions": "uncertainty.predictions", "join_truth": "uncertainty.joining",
     **dict.fromkeys(("Estimate", "accuracy", "nll", "brier", "ece"), "uncertainty.metrics"),
     **dict.fromkeys(("Interval", "CalibrationState", "mce", "classwise_ece", "smooth_ece", "aurc", "augrc", "prr"), "uncertainty.metrics"),
     "TemperatureScaling": "uncertainty.calibration",

@@ -10,6 +10,7 @@ from fine_tune_llm.core.labels import Labels
 from fine_tune_llm.uncertainty.calibration import TemperatureScaling
 from fine_tune_llm.uncertainty.calibration_choice import calibrators, settings_name
 from fine_tune_llm.uncertainty.conformal import ConformalClassifier
+from fine_tune_llm.uncertainty.joining import order_by_id
 from fine_tune_llm.uncertainty.metrics import accuracy, nll
 from fine_tune_llm.uncertainty.predictions import Predictions
 
@@ -90,3 +91,6 @@ def test_ids_unsorted_preds():
     frame = table("ids_unsorted_preds.csv")
     probs = np.eye(2)[frame["pred"]]
     with pytest.raises(DataError, match=r"1 ids occur more than once \(ids 2\)"): Predictions(frame["id"].to_numpy(), Labels(("0", "1")), probs=probs)
+    with pytest.raises(DataError, match=r"1 repeated \(ids 2\); 1 unknown \(ids 9\)"): order_by_id(frame["id"], range(1, 6))
+    good = frame.drop_duplicates("id")[lambda f: f["id"] <= 5]
+    assert good["pred"].to_numpy()[order_by_id(good["id"], range(1, 6))].tolist() == [1, 0, 1, 0, 1]  # by position: 1, 1, 1, 0, 0
