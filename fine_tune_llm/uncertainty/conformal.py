@@ -140,12 +140,12 @@ def tuned(score: Score,  # as it was asked for
     return best, class_clusters(true_scores(tuning, y, u, best), y, len(tuning.labels), alpha, promise.clusters).astype(str)
 
 # %% ../../nbs/uncertainty/140_conformal.ipynb #fit
-def fit_conformal(self: "ConformalClassifier",
+def fit_conformal(self: Any,  # a ConformalClassifier
                   preds: Predictions,  # rows that nothing has seen, with their true classes
                   tuning: Predictions | None = None,  # other rows, which tune raps or form clusters
                   weights: ArrayLike | None = None,  # ratio of densities of each row, shape [n], for weighted
                   accept_overlap: str = "",  # why rows may be used that were used before; leaves no guarantee
-                 ) -> "ConformalClassifier":
+                 ) -> Any:  # the same classifier, fitted
     "Put the scores of the calibration rows in line."
     self.void_ = preds.refuse_overlap("conformal calibration", accept_overlap)
     w = check_weights(weights, len(preds)) if self.guarantee == "weighted" else None
@@ -168,7 +168,7 @@ def rank_of(n: int,  # calibration rows
     return pac_rank(n, alpha, promise.delta) if promise.kind == "pac" else marginal_rank(n, alpha)
 
 # %% ../../nbs/uncertainty/140_conformal.ipynb #predict-sets-def
-def predict_sets(self: "ConformalClassifier",
+def predict_sets(self: Any,  # a ConformalClassifier
                  preds: Predictions,
                  alpha: float | None = None,  # share of misses to tolerate; None for that of the classifier
                  weights: ArrayLike | None = None,  # ratio of densities of each row, shape [n], for weighted
@@ -199,7 +199,7 @@ def line_from(value: Mapping[str, Any],  # what `line_dict` gave
     return Line(scores, **arrays)
 
 # %% ../../nbs/uncertainty/140_conformal.ipynb #file
-def conformal_dict(self: "ConformalClassifier") -> dict[str, Any]:
+def conformal_dict(self: Any) -> dict[str, Any]:
     "Give the settings and what was learned as plain values."
     require_fitted(self)
     settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -208,7 +208,7 @@ def conformal_dict(self: "ConformalClassifier") -> dict[str, Any]:
 
 # %% ../../nbs/uncertainty/140_conformal.ipynb #conformal-from-def
 def conformal_from(value: Mapping[str, Any],  # what `conformal_dict` gave
-                  ) -> "ConformalClassifier":
+                  ) -> Any:  # a ConformalClassifier
     "Rebuild a classifier from plain values."
     expect_kind(value, "conformal")
     if "line_" not in value: raise DataError("the classifier was saved without its scores", fix="fit it again, and save it")
@@ -218,7 +218,7 @@ def conformal_from(value: Mapping[str, Any],  # what `conformal_dict` gave
     return self
 
 # %% ../../nbs/uncertainty/140_conformal.ipynb #threshold
-def told_threshold(self: "ConformalClassifier") -> str:
+def told_threshold(self: Any) -> str:
     "Say in words what was learned."
     value, several = self.threshold_, self.guarantee in ("class", "group", "clustered")
     kind = "no guarantee, " if self.void_ else "" if self.guarantee == "marginal" else f"{self.guarantee} guarantee, "

@@ -135,7 +135,7 @@ def unlimited(abstain_cost: float | None,  # cost of asking a person
 # %% ../../nbs/uncertainty/155_risk.ipynb #learn-price
 def learn_price(preds: Predictions,
                 costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
-                s: "DecisionPolicy",  # the settings
+                s: Any,  # a DecisionPolicy: the settings
                ) -> dict[str, Any]:  # learned values by name
     "Find the price of a person that keeps a limit on abstentions."
     if s.abstain_cost is None or s.max_abstention is None: return {}
@@ -146,7 +146,7 @@ def learn_price(preds: Predictions,
 def learn_risk(preds: Predictions,
                y: np.ndarray,  # true classes, shape [n]
                costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
-               s: "DecisionPolicy",  # the settings
+               s: Any,  # a DecisionPolicy: the settings
                max_risk: float,  # share of wrong answers, or mean cost
               ) -> dict[str, Any]:  # learned values by name
     "Find the threshold that keeps a limit on the risk."
@@ -161,7 +161,7 @@ def learn_risk(preds: Predictions,
 # %% ../../nbs/uncertainty/155_risk.ipynb #learn
 def learn_policy(preds: Predictions,
                  costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
-                 s: "DecisionPolicy",  # the settings
+                 s: Any,  # a DecisionPolicy: the settings
                  accept: str,  # why rows that were used before will do; "" if they must not
                 ) -> dict[str, Any]:  # learned values by name
     "Find the price and the threshold that keep the limits of a policy."
