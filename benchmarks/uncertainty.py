@@ -217,12 +217,9 @@ def main(quick: bool, with_stream: bool, turns: int) -> None:
             chunks = [str(10 // f or 1), str(100 // f)]
             many = measure([("stream", c, wide) for c in chunks], 1)
             table("APS in chunks of 10,000 rows x 1000 classes (option: chunks; mean: set size; true: rows)", many, ("stream", chunks[0]))
-    if (HERE / "calibration_error.py").exists():
-        sys.path.insert(0, str(HERE))
-        import calibration_error
-        print("\ncalibration error")
-        shown = calibration_error.measure()
-        if shown is not None: print(json.dumps(shown, indent=1, default=str))
+    sys.path.insert(0, str(HERE))
+    import calibration_error
+    print(f"\n{calibration_error.table(calibration_error.measure())}")
 
 
 if __name__ == "__main__":
