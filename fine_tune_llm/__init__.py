@@ -10,7 +10,7 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     **dict.fromkeys(("ConformalClassifier", "PredictionSets"), "uncertainty.conformal"),
     **dict.fromkeys(("DecisionPolicy", "Decisions"), "uncertainty.risk"),
     "AuditReport": "audit.report", "audit": "audit",
-    "Dossier": "audit.dossier",
+    "Dossier": "audit.dossier", "compare": "audit.comparison",
     "load_data": "data.loading", "docstrings": "data.docstrings",
     "load_model": "models.loading", "finetune": "training.trainer",
     "TrainingPanel": "panels.training",

@@ -20,7 +20,16 @@ from typing import Any
 
 import pandas as pd
 
-from .evidence import REQUIREMENTS, Requirement, Standing, changed_files, evidence_of, file_hash, risk_score, standing, weighed
+from fine_tune_llm.audit.evidence import (
+    Requirement,
+    Standing,
+    changed_files,
+    evidence_of,
+    file_hash,
+    risk_score,
+    standing,
+    weighed,
+)
 from .exports import html_table, visible
 from .groupings import folded_name
 from .report import AuditReport, audit
@@ -94,12 +103,12 @@ def report_problems(folder: Path, done: Mapping[str, Any], events: Sequence[Mapp
     name, sources = done["parts"]["report"], {f: done["files"][f] for kind, f in done["parts"].items() if kind != "report"}
     if wrong := changed_files(folder, sources): return [f"{name}: cannot be recomputed: {wrong[0]}"]
     try: stored, again = json.loads((folder / name).read_bytes()), plain(recomputed(folder, done).to_dict())
-    except Exception as e: return [f"{name}: cannot be recomputed: {type(e).__name__}: {e}"]  # an altered file can break any reader
+    except Exception as broken: return [f"{name}: cannot be recomputed: {type(broken).__name__}: {broken}"]  # an altered file can break any reader
     out = [f"{name}, {d}" for d in differences(stored, again) if not d.startswith(("provenance.software", "notes"))]
     shown = {e["requirement"]: e for e in events if e["event"] == "audit_evidence" and e.get("recorded") == done["hash"]}
     for requirement, right in evidence_of(again).items():
-        cited = {k: shown.get(requirement, {}).get(k) for k in right}
-        out += [f"evidence on {requirement}, {d}" for d in differences(cited, plain(right))]
+        claimed = {k: shown.get(requirement, {}).get(k) for k in right}
+        out += [f"evidence on {requirement}, {d}" for d in differences(claimed, plain(right))]
     return out
 
 # %% ../../nbs/audit/274_dossier.ipynb #unanswered
@@ -165,7 +174,7 @@ def verify_dossier(folder: Path,
     events, altered = sound_events(folder / "events.jsonl", head)
     last = events[-1]["hash"] if events else ""
     try: start = opened(events)
-    except AuditError as e: return Verification((*altered, e.found), (), last, today)
+    except AuditError as none: return Verification((*altered, none.found), (), last, today)
     cited: dict[str, str] = {}
     for e in events: cited |= e.get("files", {}) if e["event"].startswith("audit_") else {}
     altered += changed_files(folder, cited)
