@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fine_tune_llm.audit.card import evidence_map, model_card
 from fine_tune_llm.audit.dossier import Dossier, differences, sound_events
 from fine_tune_llm.audit.evidence import REQUIREMENTS, standing
 from fine_tune_llm.core.errors import AuditError, ConfigurationError, RunError
@@ -216,3 +217,37 @@ def test_standing_without_events_is_never_a_pass():
 
 @pytest.mark.parametrize("a, b", [(1.0, 1.0 + 1e-6), (0, None), ("a", "b"), ([1], []), ({"a": 1}, {"b": 1}), ({}, [])])
 def test_differences_sees(a, b): assert differences(a, b) and differences(b, a) and not differences(a, a)
+
+
+HOSTILE = ["<script>alert(1)</script>", "=cmd|' /C calc'!A0", "[x](javascript:alert(1))", "| a | b |", "\u202egnp.exe", "\n# heading\n- item", "`code` **bold** ![i](http://x)"]
+
+
+def test_hostile_text_is_inert(tmp_path):
+    d = Dossier.create(tmp_path, "a purpose of it " + " ".join(HOSTILE), owner="Ada " + HOSTILE[0])
+    (tmp_path / "n.md").write_text("x")
+    for text in HOSTILE:
+        d.add("data", "pass", "it is said " + text, by="Ada " + text, files=["n.md"], **{text: text})
+        d.waive("limits", "we wait for it " + text, expires="2026-12-31", by="Ada " + text)
+        d.challenge("why is it so " + text, by="Grace " + text)
+    card, page = model_card(d, DAY), d._repr_html_()
+    for out in (card, page): assert "<script" not in out and "\u202e" not in out
+    lines = card.splitlines()
+    assert "](" not in card and sum(line.startswith("# ") for line in lines) == 1 and "**bold**" not in card and "`code`" not in card
+    assert {line.count("|") - line.count("\\|") for line in lines[lines.index("## Requirements") + 2:][:10]} == {6}
+    assert json.loads(json.dumps(d.to_dict(DAY)))["events"][0]["owner"] == "Ada " + HOSTILE[0]  # JSON keeps it as it is
+
+
+def test_the_numbers_of_the_card_are_those_of_the_report(signed):
+    report, card = json.loads((signed[0] / "audit/report.json").read_text()), model_card(Dossier.attach(signed[0]), DAY)
+    for name in ("ECE", "coverage", "selective risk"):
+        e = next(f["estimate"] for f in report["summary"] if f["name"] == name)
+        assert f"| {name} | {e['value']:.3f} | {e['low']:.3f} | {e['high']:.3f} | {e['n']} |" in card
+    assert signed[1] in card and "claims no compliance" in card
+
+
+def test_the_map_is_missing_what_is_not_there(tmp_path, signed):
+    empty = evidence_map(Dossier.create(tmp_path, "Routes letters of patients", owner="Ada"), DAY)
+    assert set(empty["state"][empty["shown by"] != "trail"]) == {"missing"}
+    full = evidence_map(Dossier.attach(signed[0]), DAY)
+    assert set(full["framework"]) == {"EU AI Act, Annex IV", "NIST AI RMF 1.0", "SR 11-7"}
+    assert set(full["state"][full["shown by"] == "nothing here"]) == {"missing"} and (full["state"] == "linked").sum() >= 10
