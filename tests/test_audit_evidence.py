@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from fine_tune_llm.audit.card import evidence_map, model_card
-from fine_tune_llm.audit.dossier import Dossier, differences, sound_events
+from fine_tune_llm.audit.dossier import Dossier, sound_events
 from fine_tune_llm.audit.evidence import REQUIREMENTS, standing
+from fine_tune_llm.audit.report import audit, differences
 from fine_tune_llm.core.errors import AuditError, ConfigurationError, RunError
 from fine_tune_llm.core.labels import Labels
 from fine_tune_llm.core.runs import Run, seal
@@ -251,3 +252,16 @@ def test_the_map_is_missing_what_is_not_there(tmp_path, signed):
     full = evidence_map(Dossier.attach(signed[0]), DAY)
     assert set(full["framework"]) == {"EU AI Act, Annex IV", "NIST AI RMF 1.0", "SR 11-7"}
     assert set(full["state"][full["shown by"] == "nothing here"]) == {"missing"} and (full["state"] == "linked").sum() >= 10
+
+
+def test_a_report_verifies_itself(tmp_path):
+    from dataclasses import replace
+    report = audit(predictions(400, "test", 2), groups=["sent"], tolerance=0.3)
+    report.save(tmp_path / "r.json")
+    assert report.verify() == report.verify(tmp_path / "r.json") == ()
+    wrong = replace(report, rows=(replace(report.rows[0], verdict="fail"), *report.rows[1:]))
+    assert report.rows[0].verdict == "pass" and wrong.verify() == ("accuracy of sent = fax: fail does not follow from its gap",)
+    assert any(d.startswith("rows[0].verdict: pass recorded, fail recomputed") for d in wrong.verify(tmp_path / "r.json"))
+    first = report.summary[0]
+    moved = replace(report, summary=(replace(first, estimate=replace(first.estimate, value=0.0)), *report.summary[1:]))
+    assert "does not hold its estimate" in moved.verify()[0]
