@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from scipy.stats import hypergeom
 
-from fine_tune_llm.audit.robustness import CHANGES, altered_texts, invariance, robustness, swapped, typos, upper
+from fine_tune_llm.audit.robustness import CHANGES, altered_texts, change_verdict, invariance, robustness, swapped, typos, upper
 from fine_tune_llm.audit.shift import (
     auc,
     classifier_test,
@@ -12,12 +12,14 @@ from fine_tune_llm.audit.shift import (
     share_p_value,
     share_shift,
     shift,
+    shift_verdict,
     stability_index,
     value_shift,
 )
 from fine_tune_llm.core.errors import ConfigurationError, DataError, TooFewRowsError
 from fine_tune_llm.core.labels import Labels
 from fine_tune_llm.uncertainty.conformal import ConformalClassifier
+from fine_tune_llm.uncertainty.metrics import Estimate
 from fine_tune_llm.uncertainty.predictions import Predictions
 
 LABELS = Labels(("a", "b", "c"))
@@ -36,6 +38,9 @@ def test_two_classes_are_fisher_s_test():
     law, far = hypergeom(24, 13, 12), abs(9 / 12 - 4 / 12)
     exact = sum(law.pmf(k) for k in range(13) if abs(k / 12 - (13 - k) / 12) >= far - 1e-12)
     assert share_p_value(old, new, deals=200_000) == pytest.approx(exact, abs=0.003)
+
+
+def test_a_permutation_p_value_is_never_zero(): assert share_p_value([50, 0], [0, 50], deals=99) == 1 / 100
 
 
 def test_share_interval_covers_and_shrinks():
@@ -70,6 +75,13 @@ def test_what_moved_is_named():
     assert verdicts["labels"] == verdicts["answers"] == "fail" and verdicts["g"] == "pass"
     few = shift(sample(20, 1), sample(20, 2, bias=3.0), tolerance=0.02)
     assert "pass" not in {r.verdict for r in few.rows}  # twenty rows give no all-clear
+
+
+@pytest.mark.parametrize("value, high, p, verdict", [(0.05, 0.09, 0.001, "pass"), (0.05, 0.3, 0.001, "not enough evidence"),
+                                                     (0.2, 0.3, 0.001, "fail"), (0.2, 0.3, 0.2, "not enough evidence")])
+def test_verdicts_by_hand(value, high, p, verdict):
+    assert shift_verdict(Estimate(value, 0.0, high, 9), p, 0.1) == verdict
+    assert change_verdict(Estimate(-value, -high, 0.0, 9), p, 0.1) == verdict
 
 
 def test_a_tiny_shift_in_many_rows_passes():
