@@ -4,7 +4,16 @@ import pandas as pd
 import pytest
 from scipy.stats import hypergeom
 
-from fine_tune_llm.audit.robustness import CHANGES, altered_texts, change_verdict, invariance, robustness, swapped, typos, upper
+from fine_tune_llm.audit.robustness import (
+    CHANGES,
+    altered_texts,
+    change_verdict,
+    invariance,
+    robustness,
+    swapped,
+    typos,
+    upper,
+)
 from fine_tune_llm.audit.shift import (
     auc,
     classifier_test,
