@@ -24,6 +24,8 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     **dict.fromkeys(("DecisionPolicy", "Decisions"), "uncertainty.risk"),
     "AuditReport": "audit.report", "audit": "audit",
     "group_metrics": "audit.groups", "parity": "audit.parity", "find_slices": "audit.slices",
+    "Dossier": "audit.dossier", "model_card": "audit.card", "compare": "audit.comparison",
+    "shift": "audit.shift", "robustness": "audit.robustness",
     "load_data": "data.loading", "docstrings": "data.docstrings",
     **dict.fromkeys(("data_truth", "DataTruth"), "data.truth"), "Template": "data.templates",
     **dict.fromkeys(("check_data", "DataReport"), "data.report"), "split_data": "data.dealing",

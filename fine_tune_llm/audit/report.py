@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'verdicts_of', 'worst', 'headline', 'limits_of', 'provenance_of', 'AuditReport', 'report_frame',
-           'text_report', 'summary_html', 'sections', 'html_report', 'write_report', 'same_rows', 'calibration_part',
-           'predicted', 'named_groups', 'compared_groups', 'notes_of', 'audit']
+           'contradictions', 'differences', 'text_report', 'summary_html', 'sections', 'html_report', 'write_report',
+           'same_rows', 'calibration_part', 'predicted', 'named_groups', 'compared_groups', 'notes_of', 'audit']
 
 # %% ../../nbs/audit/240_report.ipynb #imports
 import hashlib
@@ -25,7 +25,7 @@ import pandas as pd
 from ..core.errors import ConfigurationError, DataError
 from ..core.figures import chip, num, page, styled
 from ..core.runs import plain
-from ..uncertainty.calibration import save_json
+from ..uncertainty.calibration import load_json, save_json
 from ..uncertainty.conformal import ConformalClassifier, PredictionSets
 from ..uncertainty.metrics import ece, nll
 from ..uncertainty.predictions import Predictions
@@ -34,7 +34,7 @@ from ..uncertainty.risk import DecisionPolicy
 # isort: split
 from .drawings import cut, gaps_figure, points, reliability_figure, risk_figure, sets_figure
 from .groupings import By, Grouping, groupings, look_alikes
-from .groups import GroupRow, all_rows, false_alarms, rows_frame
+from .groups import GroupRow, all_rows, false_alarms, judged, rows_frame
 from .measures import Metric, chosen, decision_metrics, standard_metrics
 from .tallies import Compared, compared
 
@@ -156,6 +156,10 @@ class AuditReport:
     def save(self, path: str | Path) -> None:
         "Write report.html, for people, or report.json, for programs."
         write_report(self, Path(path))
+    def verify(self, path: str | Path | None = None,  # a report.json; None: look at the report alone
+              ) -> tuple[str, ...]:  # what is wrong, in words; empty if nothing is
+        "Name each verdict that does not follow from its numbers, and whatever a saved report says otherwise."
+        return tuple(contradictions(self) + ([] if path is None else differences(load_json(path), self.to_dict())))
     def __str__(self) -> str: return text_report(self)
     def _repr_html_(self) -> str: return styled(html_report(self))
 
@@ -170,6 +174,27 @@ def report_frame(r: AuditReport,
     rows = rows_frame(r.rows, gaps)
     frame = pd.DataFrame(top).reindex(columns=rows.columns)
     return pd.concat([frame, rows], ignore_index=True) if len(rows) else frame
+
+# %% ../../nbs/audit/240_report.ipynb #verify
+def contradictions(r: AuditReport) -> list[str]:
+    "Name verdicts and intervals that contradict themselves."
+    out = [f"{g.metric} of {g.column} = {g.group}: {g.verdict} does not follow from its gap" for g in r.rows
+           if g.verdict not in (judged(g.gap, g.tolerance, g.sure), "not enough evidence")]
+    named = [(f.name, f.estimate) for f in r.summary] + [(f"{g.metric} of {g.column} = {g.group}", g.rate) for g in r.rows]
+    return out + [f"{name}: {told(e)} does not hold its estimate" for name, e in named if e and e.n and not e.low <= e.value <= e.high]
+
+def differences(a: Any,  # as recorded, plain values
+                b: Any,  # as recomputed
+                path: str = "",  # of the leaf, for the message
+               ) -> list[str]:
+    "Name the leaves in which two nests of plain values differ."
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for k in dict.fromkeys([*a, *b]) for d in differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}[{i}]")]
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (a, b))
+    same = bool(np.isclose(a, b, rtol=1e-9, atol=1e-12)) if numbers else a == b
+    return [] if same else [f"{path}: {str(a)[:60]} recorded, {str(b)[:60]} recomputed"]
 
 # %% ../../nbs/audit/240_report.ipynb #text
 def text_report(r: AuditReport) -> str:
