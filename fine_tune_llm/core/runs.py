@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOCK', 'ENDS', 'R', 'plain', 'seal', 'Tail', 'Chain', 'check_chain', 'run_state', 'Status', 'duration', 'status',
            'write_atomic', 'inside', 'Run', 'append', 'log_event', 'leave_command', 'unanswered', 'wait_for_end',
-           'open_panel']
+           'wait_for_answer', 'open_panel']
 
 # %% ../../nbs/core/020_runs.ipynb #imports
 import html
@@ -292,6 +292,15 @@ def wait_for_end(run: Run,
         time.sleep(min(pause, left))
         pause = min(2 * pause, 0.5)
     return run.state
+
+def wait_for_answer(run: Run,
+                    command: str,  # the id that `command` gave
+                    timeout: float = 60,  # seconds
+                   ) -> dict[str, Any] | None:  # the event that applies or refuses it, None if none came
+    "Wait until a command has been answered."
+    end = time.monotonic() + timeout
+    while (found := next((e for e in run.events() if e.get("id") == command), None)) is None and time.monotonic() < end: time.sleep(0.05)
+    return found
 
 def open_panel(run: Run) -> Any:  # a widget
     "Open the live view of a run in a notebook."
