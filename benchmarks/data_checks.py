@@ -1,4 +1,4 @@
-"""Check, split and search for near duplicates in a million generated rows.
+"""Check, split, tokenise and search for near duplicates in a million generated rows.
 
     python benchmarks/data_checks.py [--rows 1000000]
 
@@ -19,10 +19,10 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-PARTS = ("near duplicates", "check", "check without near duplicates", "split", "near duplicates, template")
+PARTS = ("near duplicates", "check", "check without near duplicates", "split", "tokenise", "near duplicates, template")
 
 
 def texts(n: int, template: bool = False) -> list[str]:
@@ -50,12 +50,16 @@ def run(part: str, n: int) -> dict:
     from fine_tune_llm.data.dealing import split_data
     from fine_tune_llm.data.duplicates import families
     from fine_tune_llm.data.report import check_data
+    from fine_tune_llm.models.loading import load_model
+    from fine_tune_llm.models.scoring import encode
     families(texts(100))  # loads what is loaded at first use
+    model = load_model("pocket", device="cpu") if part == "tokenise" else None
     rows = texts(n, "template" in part)
     frame = pd.DataFrame({"text": rows, "label": [f"class {i % 50}" for i in range(n)]})
     before, start, wall = resident(), time.process_time(), time.perf_counter()
     if part.startswith("near"): found = f"{len(set(families(rows))):,} families"
     elif part == "split": found = repr(split_data(rows)).split("\n")[0]
+    elif model: found = f"{sum(map(len, encode(model, rows)[0])):,} tokens"
     else: found = check_data(frame, near=None if "without" in part else 0.8).title
     return {"part": part, "rows": n, "cpu_s": time.process_time() - start, "wall_s": time.perf_counter() - wall, "found": found,
             "above_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before}
