@@ -121,7 +121,7 @@ def test_panel_moves_and_is_steered(lab, browser, tmp_path):
     address, folder = ready(), tmp_path / "run"
     write_notebook(root / "panel.ipynb", folder)
     page = browser.new_page()
-    page.set_default_timeout(60_000)  # the kernel imports torch first
+    page.set_default_timeout(180_000)  # the kernel imports torch first
     open_and_run(page, address, token, "panel.ipynb")
 
     curve = page.locator(".ft-live path").first  # the loss, as reported
