@@ -30,7 +30,8 @@ def encode(model: Model,  # whose tokenizer to use
     "Turn texts into token ids, and count the texts that were cut."
     if not texts: return [], 0
     limit = longest_input(model, max_length)
-    full = model.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+    parts = (model.tokenizer(list(texts[i:i + 4096]), truncation=False, verbose=False, return_attention_mask=False)["input_ids"] for i in range(0, len(texts), 4096))
+    full = [ids for part in parts for ids in part]  # in blocks, because a tokenizer's own record of a text is many times its ids
     cut = sum(len(ids) > limit for ids in full)
     if not cut: return full, 0
     return model.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"], cut
