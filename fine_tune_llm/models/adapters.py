@@ -29,22 +29,23 @@ def lora_config(lora: Mapping[str, Any],  # fields of PEFT's LoraConfig; `r` is 
     return LoraConfig(**(defaults | dict(lora)))
 
 # %% ../../nbs/models/410_adapters.ipynb #add
-def add_adapter(module: Any,  # a model from `build_classifier`
+def add_adapter(module: Any,  # a model from `build_classifier` or `build_causal`
                 lora: Mapping[str, Any],  # fields of LoraConfig
                 seed: int = 0,  # of the new adapter
                ) -> Any:  # transformers' or peft's PeftModel
     "Freeze a model and put a trainable adapter on it."
     import torch
     from peft import get_peft_model, prepare_model_for_kbit_training
+    kind = "SEQ_CLS" if type(module).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM"
     if getattr(module, "is_quantized", False): module = prepare_model_for_kbit_training(module, use_gradient_checkpointing=False)
     try:
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
-            return get_peft_model(module, lora_config(lora))
+            return get_peft_model(module, lora_config({"task_type": kind, **lora}))
     except ValueError as e: raise ConfigurationError(f"LoRA cannot be put on this model: {e}", fix="name layers that exist in target_modules") from None
 
 # %% ../../nbs/models/410_adapters.ipynb #load
-def load_adapter(module: Any,  # a model from `build_classifier`
+def load_adapter(module: Any,  # a model from `build_classifier` or `build_causal`
                  folder: str | Path,  # that `save_pretrained` wrote
                 ) -> Any:  # transformers' or peft's PeftModel
     "Put a saved adapter on a model, for answering."
