@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'split_method', 'method_defaults', 'lora_config', 'free_all', 'keep_start', 'add_adapter', 'weights_of',
-           'Account', 'place_of', 'describe', 'is_head', 'lora_plus_groups', 'rank_allocator', 'save_adapter',
-           'load_adapter', 'switch_adapter', 'stack_adapters', 'merge_adapter']
+           'Account', 'place_of', 'describe', 'is_head', 'lora_plus_groups', 'rank_allocator', 'write_difference',
+           'save_adapter', 'load_adapter', 'switch_adapter', 'stack_adapters', 'merge_adapter']
 
 # %% ../../nbs/models/410_adapters.ipynb #imports
 import html
@@ -184,19 +184,33 @@ def rank_allocator(module: Any,  # a model from `add_adapter`
             module.base_model.update_and_allocate(state.global_step + 1)
     return RankAllocator()
 
+# %% ../../nbs/models/410_adapters.ipynb #difference
+def write_difference(module: Any,  # a model whose adapter began in the base weights
+                     folder: Path,  # where `save_pretrained` has written it
+                    ) -> None:
+    "Write an adapter as the difference from its start, a plain LoRA of twice the rank."
+    import torch
+    from peft import PeftConfig, get_peft_model_state_dict
+    from safetensors.torch import save_file
+    def twice(name: str, value: Any) -> Any:
+        if "lora_A" in name: return torch.cat([value, module.began[name]], 0)
+        return torch.cat([value, -module.began[name]], 1) if "lora_B" in name else value
+    state = {n: twice(n, v.detach()).contiguous() for n, v in get_peft_model_state_dict(module).items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = PeftConfig.from_pretrained(str(folder))
+    growth = math.sqrt(2) if config.use_rslora else 2  # of alpha, so that the scale stays
+    config.init_lora_weights, config.r, config.lora_alpha = True, 2 * config.r, growth * config.lora_alpha
+    config.rank_pattern = {k: 2 * v for k, v in config.rank_pattern.items()}
+    config.alpha_pattern = {k: growth * v for k, v in config.alpha_pattern.items()}
+    config.save_pretrained(str(folder))
+
 # %% ../../nbs/models/410_adapters.ipynb #save
 def save_adapter(module: Any,  # a model from `add_adapter`
                  folder: str | Path,  # where its weights shall lie
                 ) -> None:
     "Save what was trained, so that it fits the original base."
-    from tempfile import TemporaryDirectory
-
-    from safetensors.torch import save_file
-    with quiet(), TemporaryDirectory() as start:
-        if began := getattr(module, "began", None):
-            save_file({k: v.contiguous() for k, v in began.items()}, Path(start) / "adapter_model.safetensors")
-            module.save_pretrained(str(folder), path_initial_model_for_weight_conversion=start)
-        else: module.save_pretrained(str(folder))
+    with quiet(): module.save_pretrained(str(folder))
+    if hasattr(module, "began"): write_difference(module, Path(folder))
     (Path(folder) / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
 
 # %% ../../nbs/models/410_adapters.ipynb #load
