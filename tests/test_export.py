@@ -22,8 +22,8 @@ from fine_tune_llm.models.hub import push_to_hub
 from fine_tune_llm.models.loading import load_model
 from fine_tune_llm.models.merging import build_task, certify_merge, merge, write_merged
 from fine_tune_llm.models.sameness import certify, logit_shift, refuse_old_trust, text_rows
-from fine_tune_llm.models.serving import find_marks, go_template, prepare_serving, render_go, serve_lines, served_text
 from fine_tune_llm.models.scoring import score_texts
+from fine_tune_llm.models.serving import find_marks, go_template, prepare_serving, render_go, serve_lines, served_text
 from fine_tune_llm.uncertainty.calibration import TemperatureScaling
 from fine_tune_llm.uncertainty.conformal import ConformalClassifier
 from fine_tune_llm.uncertainty.predictions import Predictions
@@ -87,6 +87,9 @@ def test_agreement_of_tokens_counts_texts() -> None:
     ratio = (joined.agreement.high - joined.agreement.low) / (alone.agreement.high - alone.agreement.low)
     assert 5 < ratio < 10  # the square root of 50 is 7.1
     assert joined.agreement.value == alone.agreement.value
+    means, t = flipped[::50, 0] != 1.0, 2.0227  # Student's quantile for 40 texts
+    kl = joined.kl.value / means.mean() * means
+    assert np.isclose((joined.kl.high - joined.kl.low) / 2, t * kl.std(ddof=1) / np.sqrt(40), rtol=0.05)
 
 
 def test_same_is_shown_and_not_assumed() -> None:
@@ -106,7 +109,6 @@ def test_merge_certificate_of_a_classifier(tmp_path: Path) -> None:
     from peft import PeftModel
     model = load_model("pocket", device="cpu")
     where = adapter_of(model, tmp_path / "adapter")
-    tuned = load_adapter(build_task(model, KINDS), where)
     theirs = PeftModel.from_pretrained(build_task(model, KINDS), str(where)).merge_and_unload().eval()
     rng = np.random.default_rng(0)
     z = rng.normal(0, 1, (36, 3))  # what the trust half is fitted to does not matter here

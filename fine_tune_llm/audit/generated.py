@@ -29,6 +29,7 @@ class RowSums:
 
 def ratio(sums: np.ndarray) -> float: return float(sums[0] / sums[1]) if sums[1] else float("nan")
 
+# %% ../../nbs/audit/284_generated.ipynb #perplexity-rows
 def perplexity_rows(log_probs: Sequence[Any],  # per row, log probability of each token, in nats
                    ) -> RowSums:
     "Count the negative log likelihood and the tokens of each row."
@@ -53,12 +54,14 @@ def references_of(references: Sequence[str | Sequence[str]]) -> list[list[str]]:
     if empty := [i for i, r in enumerate(found) if not r or not all(isinstance(x, str) for x in r)]: raise DataError("a row without a reference text", where=f"row {empty[0]}")
     return found
 
+# %% ../../nbs/audit/284_generated.ipynb #need
 def need(package: str) -> Any:
     "Import an optional library, or say how to get it."
     from importlib import import_module
     try: return import_module(package)
     except ImportError: raise ConfigurationError(f"{package.split('.')[0]} is not installed", fix="pip install 'fine_tune_llm[generation]'") from None
 
+# %% ../../nbs/audit/284_generated.ipynb #bleu-rows
 def bleu_rows(answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> RowSums:
     "Count lengths and matching n-grams of each row."
     bleu = need("sacrebleu.metrics").BLEU
@@ -70,6 +73,7 @@ def bleu_rows(answers: Sequence[str], references: Sequence[str | Sequence[str]])
         return float(bleu.compute_bleu(whole[2:6], whole[6:10], whole[0], whole[1], smooth_method="exp").score)
     return RowSums("BLEU", rows, value, True)
 
+# %% ../../nbs/audit/284_generated.ipynb #rouge-rows
 def rouge_rows(answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> list[RowSums]:  # ROUGE-1, ROUGE-2, ROUGE-L
     "Measure the overlap of each row with its references."
     kinds = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
@@ -89,6 +93,7 @@ def drawn_values(metrics: Sequence[RowSums],  # of the same rows
         out.append(np.array([[m.value(s) for s in weights @ m.rows] for m in metrics]).T)
     return np.concatenate(out)
 
+# %% ../../nbs/audit/284_generated.ipynb #middle
 def middle(value: float, drawn: np.ndarray, level: float, n: int, name: str) -> Estimate:
     "Take the middle of what was drawn."
     if n < 2: return Estimate(value, -np.inf, np.inf, n, name, "bootstrap over rows", level)
@@ -109,6 +114,7 @@ def system_sums(references: Sequence[str | Sequence[str]] | None, answers: Seque
         if want("ROUGE-1", "ROUGE-2", "ROUGE-L"): found += rouge_rows(answers, references)
     return [m for m in found if want(m.name)]
 
+# %% ../../nbs/audit/284_generated.ipynb #require-rows
 def require_rows(parts: Mapping[str, Sequence[Any]], n: int | None, what: str) -> int:  # rows
     "Refuse systems with other numbers of rows."
     sizes = {name: len(rows) for name, rows in parts.items()}
@@ -116,6 +122,7 @@ def require_rows(parts: Mapping[str, Sequence[Any]], n: int | None, what: str) -
     if not next(iter(sizes.values())): raise DataError("there are no rows to compare", fix="give at least one")
     return next(iter(sizes.values()))
 
+# %% ../../nbs/audit/284_generated.ipynb #require-same-tokens
 def require_same_tokens(found: Mapping[str, Sequence[RowSums]]) -> None:
     "Refuse perplexities over other tokens."
     counts = [m.rows[:, 1] for of in found.values() for m in of if m.name == "perplexity"]
@@ -128,6 +135,7 @@ def judged_word(gap: Estimate, up: bool) -> str:  # "better", "worse" or "not sh
     sign = 1 if gap.low > 0 else -1 if gap.high < 0 else 0
     return "not shown" if not sign else "better" if (sign > 0) == up else "worse"
 
+# %% ../../nbs/audit/284_generated.ipynb #compare-generated
 def compare_generated(answers: Mapping[str, Sequence[str]] | None = None,  # system -> its text of each row
                       references: Sequence[str | Sequence[str]] | None = None,  # true text of each row, or several
                       log_probs: Mapping[str, Sequence[Any]] | None = None,  # system -> per row, log probability of each token of the reference, in nats

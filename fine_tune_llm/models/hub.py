@@ -34,6 +34,7 @@ def may_run_code(path: Path) -> bool:
     if head != b"PK" or not is_zipfile(path): return False
     with ZipFile(path) as z: return any(n.lower().endswith(PICKLED) for n in z.namelist())
 
+# %% ../../nbs/models/436_hub.ipynb #secret-in
 def secret_in(path: Path) -> str:  # what was found, never the secret itself; "" where nothing was
     "Search a file for what looks like a key."
     if SECRET_NAMES.search(path.name): return "a name that keys have"
@@ -69,6 +70,7 @@ def certificate_text(folder: Path) -> list[str]:  # Markdown
     head = f"**{markdown_cell(c['verdict'])}**, from {int(c['n'])} {markdown_cell(c['unit'])}s. {named.get(c['verdict'], 'Do not use it.')}"
     return [head, *(f"- {markdown_cell(line)}" for line in (*c["reasons"], *c["notes"])), "", markdown_table(shown)]
 
+# %% ../../nbs/models/436_hub.ipynb #hub-card
 def hub_card(folder: str | Path,  # that `merge` wrote
              base_model: str | None = None,  # hub id of the base
              license: str | None = None,  # of the merged model, such as "apache-2.0"
@@ -98,10 +100,12 @@ class Upload:
         state = f"uploaded as {self.url}" if self.url else "dry run, nothing was uploaded"
         return "\n".join([f"{self.repo_id} ({'private' if self.private else 'public'}): {state}", *(f"{size:>12,}  {name}" for name, size in self.files.items())])
 
+# %% ../../nbs/models/436_hub.ipynb #without-token
 def without_token(text: str, token: str | None) -> str:
     "Take tokens out of a message."
     return re.sub(SECRETS["a hub token"], "(token)", text.replace(token, "(token)") if token else text)
 
+# %% ../../nbs/models/436_hub.ipynb #push-to-hub
 def push_to_hub(folder: str | Path,  # that `merge` wrote
                 repo_id: str,  # "owner/name"
                 private: bool = True,

@@ -8,7 +8,6 @@ __all__ = ['WEIGHTS', 'ROUNDED', 'build_task', 'base_to_merge', 'write_merged', 
            'certify_merge', 'Source', 'source_of', 'merge']
 
 # %% ../../nbs/models/432_merging.ipynb #imports
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from ..core.labels import Labels
 from ..data.splits import Split, row_id, unique_ids
 from .adapters import load_adapter, merge_adapter
 from .loading import Model, build_causal, build_classifier, load_model, quiet
-from .sameness import MergeCertificate, Shift, Tolerance, certify, logit_shift, text_rows, token_rows
+from .sameness import STANDARD, MergeCertificate, Shift, Tolerance, certify, logit_shift, text_rows, token_rows
 from .scoring import encode, score_texts
 from ..uncertainty.predictions import Predictions, log_softmax_rows, refuse_overlap
 
@@ -37,6 +36,7 @@ def build_task(model: Model, labels: Labels | None) -> Any:  # transformers' Pre
     if labels is None: raise ConfigurationError("a classifier needs its labels", where="labels", fix="give labels=, or a probe that is a Split")
     return build_classifier(model, labels)
 
+# %% ../../nbs/models/432_merging.ipynb #base-to-merge
 def base_to_merge(model: Model, labels: Labels | None,
                   weights: str,  # one of WEIGHTS
                  ) -> Any:  # transformers' PreTrainedModel
@@ -75,6 +75,7 @@ def probe_rows(probe: Split | Sequence[str], calibrator: Any, sets: Any) -> tupl
     refuse_overlap(ids, used, "the probe of a merge")
     return texts, ids, probe.y if isinstance(probe, Split) else None
 
+# %% ../../nbs/models/432_merging.ipynb #same-tokens
 def same_tokens(before: Model, after: Model, texts: Sequence[str], max_length: int | None) -> None:
     "Refuse a saved tokenizer that cuts texts in another way."
     a, b = (encode(m, texts, max_length)[0] for m in (before, after))
@@ -89,6 +90,7 @@ class NextTokens:
     before: tuple[Metric, ...]  # accuracy, NLL, ECE
     after: tuple[Metric, ...]  # accuracy, NLL, ECE
 
+# %% ../../nbs/models/432_merging.ipynb #next-logits
 def next_logits(module: Any, ids: Sequence[int], bare: bool = False) -> np.ndarray:  # float32, shape [len(ids) - 1, V]
     "Compute the logits of each next token of one text."
     import contextlib
@@ -98,6 +100,7 @@ def next_logits(module: Any, ids: Sequence[int], bare: bool = False) -> np.ndarr
     with torch.inference_mode(), without:
         return module(input_ids=torch.tensor([list(ids)], device=module.device), use_cache=False).logits[0, :-1].float().cpu().numpy()
 
+# %% ../../nbs/models/432_merging.ipynb #token-scores
 def token_scores(logits: np.ndarray, truth: np.ndarray) -> np.ndarray:  # right, NLL, confidence: shape [3, n]
     "Judge next tokens."
     logp = log_softmax_rows(logits)
@@ -121,6 +124,7 @@ def token_chunks(before: Any, after: Any, ids: Sequence[Sequence[int]], step: in
             shift = logit_shift(a[part], b[part], None if bare is None else bare[part], np.full(len(truth), i))
             yield shift, token_scores(a[part], truth), token_scores(b[part], truth)
 
+# %% ../../nbs/models/432_merging.ipynb #compare-tokens-def
 def compare_tokens(before: Any, after: Any,  # torch modules
                    ids: Sequence[Sequence[int]],  # token ids of each text
                   ) -> NextTokens:
@@ -146,7 +150,7 @@ def certify_merge(model: Model,
                   calibrator: Any = None,  # fitted, as it is in use
                   sets: Any = None,  # a fitted ConformalClassifier, as it is in use
                   max_length: int | None = None,  # tokens of a text, the model's limit where not given
-                  tolerance: Tolerance = Tolerance(),
+                  tolerance: Tolerance = STANDARD,
                   notes: Sequence[str] = (),
                  ) -> MergeCertificate:
     "Compare a merged folder with the model that it was made from."
@@ -173,6 +177,7 @@ class Source:
     labels: Labels | None = None
     max_length: int | None = None  # tokens of a text
 
+# %% ../../nbs/models/432_merging.ipynb #source-of
 def source_of(made: Any,  # a finished run, or a Model
               adapter: str | Path | None,  # its folder; None: that of the run
               labels: Labels | None,
@@ -185,6 +190,7 @@ def source_of(made: Any,  # a finished run, or a Model
     held = getattr(made.data, "labels", None) if made.data is not None else None
     return Source(made.model, Path(adapter or made.path / "adapter"), labels or held, made.settings.max_length)
 
+# %% ../../nbs/models/432_merging.ipynb #c73
 ROUNDED = {"dequantized": "the base in few bits was written out as full numbers, and not rounded again",
            "original": "the adapter was added to weights before they were rounded; it was trained on rounded ones",
            "quantized": "the sum was rounded to few bits again"}
@@ -199,7 +205,7 @@ def merge(made: Any,  # a finished run, or a Model
           sets: Any = None,  # a fitted ConformalClassifier, as it is in use
           dtype: str | None = None,  # of the file: "float32", "bfloat16" or "float16"; None: that of the model
           weights: str = "dequantized",  # of a quantized base: one of WEIGHTS
-          tolerance: Tolerance = Tolerance(),
+          tolerance: Tolerance = STANDARD,
          ) -> MergeCertificate:
     "Merge an adapter into its model, and certify the folder that was written."
     src, out = source_of(made, adapter, labels), Path(out)

@@ -27,6 +27,7 @@ def literal(text: str) -> str:
     "Write a text into a Jinja template."
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
 
+# %% ../../nbs/models/434_serving.ipynb #one-turn
 def one_turn(pattern: str) -> str:  # Jinja
     "Turn a prompt with one gap into a chat template."
     names = gaps(pattern)
@@ -35,6 +36,7 @@ def one_turn(pattern: str) -> str:  # Jinja
     before, after = (part.replace("{{", "{").replace("}}", "}") for part in pattern.split("{" + names[0] + "}"))
     return literal(before) + "{{ messages[-1]['content'] }}" + literal(after)
 
+# %% ../../nbs/models/434_serving.ipynb #chat-jinja
 def chat_jinja(template: Template,
                tokenizer: Any,  # that the model was trained with
               ) -> str:  # a Jinja chat template
@@ -59,18 +61,21 @@ def trained_prompt(template: Template, row: Mapping[str, Any],
     ids = tokenizer(made.answers[-1][0], add_special_tokens=False)["input_ids"]
     return [*([] if made.whole else affixes(tokenizer)[0]), *ids]
 
+# %% ../../nbs/models/434_serving.ipynb #request
 def request(template: Template, row: Mapping[str, Any]) -> list[dict[str, Any]]:  # messages
     "Make of a row what a client would send."
     if template.name == "chat": return conversation(row)[:-1]
     column = "instruction" if template.name == "instruction" else gaps(str(template.recipe["prompt"]))[0]
     return [{"role": "user", "content": str(row[column])}]
 
+# %% ../../nbs/models/434_serving.ipynb #served-text
 def served_text(messages: Sequence[Mapping[str, Any]],
                 tokenizer: Any,  # of the exported folder
                ) -> str:
     "Render messages as a server does."
     return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
+# %% ../../nbs/models/434_serving.ipynb #first-difference
 def first_difference(trained: Sequence[int], served: Sequence[int], tokenizer: Any) -> str:  # "" where there is none
     "Name the first token that differs."
     if list(trained) == list(served): return ""
@@ -78,6 +83,7 @@ def first_difference(trained: Sequence[int], served: Sequence[int], tokenizer: A
     a, b = (repr(tokenizer.convert_ids_to_tokens(ids[k])) if k < len(ids) else "nothing" for ids in (list(trained), list(served)))
     return f"token {k + 1} was {a} in training and is {b} when served"
 
+# %% ../../nbs/models/434_serving.ipynb #compare-prompts
 def compare_prompts(rows: Sequence[Mapping[str, Any]],
                     template: Template,  # of the training
                     before: Any,  # tokenizer of the training
@@ -98,11 +104,13 @@ class Marks:
     around: Mapping[str, tuple[str, str]]  # role -> (before, after)
     ask: str  # what invites the next answer
 
+# %% ../../nbs/models/434_serving.ipynb #cut
 def cut(text: str, end: str, what: str) -> str:
     "Take an ending off a text."
     if not text.endswith(end): raise ValueError(f"the marks of {what} depend on their place")
     return text[:len(text) - len(end)]
 
+# %% ../../nbs/models/434_serving.ipynb #between
 def between(text: str, *contents: str) -> list[str]:
     "Cut a rendering at its contents."
     parts = []
@@ -112,6 +120,7 @@ def between(text: str, *contents: str) -> list[str]:
         parts.append(part)
     return [*parts, text]
 
+# %% ../../nbs/models/434_serving.ipynb #find-marks
 def find_marks(tokenizer: Any) -> Marks:  # of the exported folder
     "Read the marks of each role off a few renderings."
     said = {"system": "qsysq", "user": "quserq", "assistant": "qansq", "again": "qagainq"}
@@ -140,6 +149,7 @@ def go_template(marks: Marks,
     turns = "{{ else ".join(f'if eq .Role "{role}" }}}}{a}{{{{ .Content }}}}{b}' for role, (a, b) in marks.around.items())
     return f"{head}{{{{ range .Messages }}}}{{{{ {turns}{{{{ end }}}}{{{{ end }}}}{marks.ask}"
 
+# %% ../../nbs/models/434_serving.ipynb #render-go
 def render_go(template: str,  # that `go_template` wrote
               messages: Sequence[Mapping[str, Any]],
              ) -> str:
@@ -179,6 +189,7 @@ class Serving:
     lines: Mapping[str, Sequence[str]]  # program -> command lines
     left_out: tuple[str, ...] = ()  # what was not written, and why
 
+# %% ../../nbs/models/434_serving.ipynb #write-modelfile
 def write_modelfile(folder: Path, tokenizer: Any, requests: Sequence[Sequence[Mapping[str, Any]]]) -> str:  # why it was left out, or ""
     "Write a Modelfile whose template has been compared, or none."
     front = affixes(tokenizer)[0]
@@ -195,6 +206,7 @@ def write_modelfile(folder: Path, tokenizer: Any, requests: Sequence[Sequence[Ma
     (folder / "Modelfile").write_text(f'FROM .\nTEMPLATE """{written}"""\n{stop}', encoding="utf-8")
     return ""
 
+# %% ../../nbs/models/434_serving.ipynb #serving-page
 def serving_page(s: Serving, template: str) -> str:  # Markdown
     "Tell how to serve a folder."
     told = f"{s.prompts} prompts were rendered by the training and by this folder, and are equal in every token." if s.prompts else "A classifier has no prompt template."
@@ -211,6 +223,7 @@ def refuse_bad_merge(folder: Path) -> None:
     if path.is_file() and (held := json.loads(path.read_text(encoding="utf-8"))).get("verdict") == "refuse":
         raise ModelError(f"the merge was refused: {'; '.join(held.get('reasons', []))}", where=str(folder), fix="merge again")
 
+# %% ../../nbs/models/434_serving.ipynb #prepare-serving
 def prepare_serving(folder: str | Path,  # that `merge` wrote
                     template: Template | None = None,  # of the training; None for a classifier
                     rows: Sequence[Mapping[str, Any]] = (),  # rows as in training, to compare prompts on
