@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'ROUNDED', 'build_task', 'base_to_merge', 'write_merged', 'probe_rows', 'same_tokens', 'NextTokens',
-           'next_logits', 'token_scores', 'token_metrics', 'token_chunks', 'compare_tokens', 'bare_logits',
-           'certify_merge', 'Source', 'source_of', 'merge']
+           'next_logits', 'token_scores', 'token_metrics', 'token_chunks', 'compare_tokens', 'saved_dtype',
+           'bare_logits', 'certify_merge', 'Source', 'source_of', 'merge']
 
 # %% ../../nbs/models/432_merging.ipynb #imports
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,16 @@ from ..core.labels import Labels
 from ..data.splits import Split, row_id, unique_ids
 from .adapters import load_adapter, merge_adapter
 from .loading import Model, build_causal, build_classifier, load_model, quiet
-from .sameness import STANDARD, MergeCertificate, Shift, Tolerance, certify, logit_shift, text_rows, token_rows
+from fine_tune_llm.models.sameness import (
+    STANDARD,
+    MergeCertificate,
+    Shift,
+    Tolerance,
+    certify,
+    logit_shift,
+    text_rows,
+    token_rows,
+)
 from .scoring import encode, score_texts
 from ..uncertainty.predictions import Predictions, log_softmax_rows, refuse_overlap
 
@@ -135,6 +145,12 @@ def compare_tokens(before: Any, after: Any,  # torch modules
     a, b = (np.concatenate([p[k] for p in parts], axis=1) for k in (1, 2))
     return NextTokens(Shift(**joined), token_metrics(a), token_metrics(b))
 
+# %% ../../nbs/models/432_merging.ipynb #saved-dtype
+def saved_dtype(folder: Path, otherwise: str) -> str:  # such as "bfloat16"
+    "Read in which precision a folder was saved, and will be served."
+    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(held.get("dtype") or held.get("torch_dtype") or otherwise)
+
 # %% ../../nbs/models/432_merging.ipynb #bare
 def bare_logits(model: Model, module: Any, texts: Sequence[str], max_length: int | None) -> np.ndarray | None:  # [n, K]; None without an adapter
     "Compute the logits of the base without its adapter."
@@ -156,7 +172,7 @@ def certify_merge(model: Model,
     "Compare a merged folder with the model that it was made from."
     texts, ids, y = probe_rows(probe, calibrator, sets)
     labels = labels or (probe.labels if isinstance(probe, Split) else None)
-    saved = load_model(folder, model.task, device=model.device, dtype=model.dtype)
+    saved = load_model(folder, model.task, device=model.device, dtype=saved_dtype(Path(folder), model.dtype))
     same_tokens(model, saved, texts, max_length)
     after = build_task(saved, labels).eval()
     if model.task != "classification":
