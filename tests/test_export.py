@@ -323,3 +323,25 @@ def test_upload_to_a_hub_on_this_machine(tmp_path: Path, private: bool, monkeypa
     sent = {e["value"]["path"]: base64.b64decode(e["value"]["content"]) for e in map(json.loads, commits[0].splitlines()) if e["key"] == "file"}
     assert len(commits) == 1 and sorted(sent) == done.stdout.splitlines()[-1].split() and all(a == f"Bearer {token}" for _, a, _ in Hub.calls)
     assert all((tmp_path / "desk" / name).read_bytes() == data for name, data in sent.items()) and "No certificate" in sent["README.md"].decode()
+
+
+def test_a_finished_run_is_merged_in_one_call(tmp_path: Path) -> None:
+    "From training to a folder that answers alone, with calibrator and sets of the run; a run that has not ended is refused."
+    from fine_tune_llm.core.errors import InferenceError
+    from fine_tune_llm.core.runs import Run
+    from fine_tune_llm.data.loading import load_data
+    from fine_tune_llm.training.trainer import finetune
+    words = "morning evening street garden window river letter kitchen market school bridge forest".split()
+    rows = [dict(text=f"{a} and {b} in the {w}", label=w) for w in ("rain", "sun") for i, a in enumerate(words) for b in words[i + 1:i + 6]]
+    data = load_data(rows, sizes=(0.4, 0.2, 0.2, 0.2))
+    run = finetune(load_model("pocket", device="cpu"), data, lora=dict(r=4), epochs=2, learning_rate=5e-3, batch_size=4, out=tmp_path / "run", progress=False)
+    cal = TemperatureScaling().fit(run.predict(data.validation))
+    sets = ConformalClassifier("lac", alpha=0.2).fit(cal(run.predict(data.calibration)))
+    c = merge(run, out=tmp_path / "merged", probe=data.test, calibrator=cal, sets=sets)
+    assert c.verdict == "same" and c.n == len(data.test) and c.share.low > 0.99
+    refuse_old_trust(c, cal, sets)
+    saved = load_model(tmp_path / "merged", device="cpu")
+    alone = score_texts(saved, build_task(saved, data.labels), data.test.texts)
+    assert np.abs(alone - run.predict(data.test).logits).max() < 1e-3
+    with pytest.raises(InferenceError, match="the run is"): merge(Run.create(tmp_path / "new"), out=tmp_path / "x", probe=["a"])
+    with pytest.raises(OverlapError): merge(run, out=tmp_path / "x", probe=data.calibration, sets=sets)
