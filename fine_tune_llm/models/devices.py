@@ -115,10 +115,11 @@ def weight_bytes(kind: Any,  # one of transformers' AutoModel classes
                  config: Any,  # transformers' PretrainedConfig
                  dtype: str,  # of weights that are not quantized
                  quantize: str | None = None,  # "nf4", "int8" or None
+                 trust_remote_code: bool = False,  # run Python code that comes with the model
                 ) -> int:  # bytes
     "Count the bytes that the weights of a network take, without reading them."
     import torch
-    with torch.device("meta"): net = kind.from_config(config)
+    with torch.device("meta"): net = kind.from_config(config, trust_remote_code=trust_remote_code)
     keep = {id(net.get_output_embeddings())} | {id(getattr(net, head, None)) for head in ("score", "classifier", "lm_head")}
     packed = [m.weight for m in net.modules() if quantize and isinstance(m, torch.nn.Linear) and id(m) not in keep]
     plain = {id(p): p for p in [*net.parameters(), *net.buffers()]}  # a tied weight once
