@@ -117,6 +117,22 @@ def test_qlora_trains_on_a_processor(family: str, bits: str, tmp_path: Path) -> 
     assert all(torch.equal(p.data, frozen[n]) for n, p in adapted.named_parameters() if n in frozen)
 
 
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_an_evaluation_leaves_the_gradient_alone(bits: str, tmp_path: Path) -> None:
+    import torch
+    from fine_tune_llm.models.loading import build_causal
+    net = add_adapter(build_causal(load_model(saved("llama", tmp_path), task="sft", quantize=bits, device="cpu")), dict(r=R, lora_dropout=0.0))
+    ids = torch.arange(24).reshape(2, 12)
+    def gradient() -> list[Any]:
+        net.train().zero_grad()
+        net(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return [p.grad.clone() for n, p in net.named_parameters() if "lora_B" in n]
+    before = gradient()
+    with torch.no_grad(): net.eval()(input_ids=ids)
+    assert all(g.abs().max() > 0 for g in before)
+    assert all(torch.equal(a, b) for a, b in zip(before, gradient()))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("bits", [None, "nf4", "int8"])
 def test_the_size_is_known_before_it_is_read(family: str, bits: str | None, tmp_path: Path) -> None:

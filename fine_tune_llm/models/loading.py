@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'locate', 'plan_device', 'Model', 'quiet', 'explain_load_failure', 'refuse_misfit', 'load_model',
-           'quantization', 'check_room', 'refuse_holes', 'read_weights', 'save_activations', 'build_classifier',
-           'build_causal', 'weights_fingerprint']
+           'quantization', 'check_room', 'keep_layout', 'refuse_holes', 'read_weights', 'save_activations',
+           'build_classifier', 'build_causal', 'weights_fingerprint']
 
 # %% ../../nbs/models/400_loading.ipynb #imports
 import contextlib
@@ -169,6 +169,13 @@ def check_room(model: Model,  # what to load
     ways |= {"dtype='bfloat16'": needs("bfloat16", None), "quantize='nf4'": needs(model.dtype, "nf4")}
     refuse_too_large(model.name, ways, free, model.device)
 
+# %% ../../nbs/models/400_loading.ipynb #layout
+def keep_layout(module: Any,  # transformers' PreTrainedModel
+               ) -> None:
+    "Stop four-bit layers from rearranging their weights while they answer."
+    for layer in module.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
+
 # %% ../../nbs/models/400_loading.ipynb #lacking
 def refuse_holes(name: str,  # of the model
                  missing: Collection[str],  # names of weights that the file lacks
@@ -198,6 +205,7 @@ def read_weights(model: Model,  # what to load
     except Exception as e: raise explain_load_failure(model.name, e) from None
     refuse_holes(model.name, told["missing_keys"])
     module.config.pad_token_id = model.tokenizer.pad_token_id
+    keep_layout(module)
     if model.checkpointing is True: save_activations(module)
     return module if model.quantize else module.to(model.device)
 
