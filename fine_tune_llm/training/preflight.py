@@ -141,14 +141,14 @@ def try_batches(model: Model, module: Any,  # built as it will be trained
                 free: float,  # bytes that may still be taken
                 step: Callable[..., None],  # like `plain_step`
                ) -> tuple[int, list[tuple[int, float]], bool]:  # bytes held at most, two steps (tokens, seconds), whether the longest was tried
-    "Measure the memory of the longest batch, and the time of it and of a middling one."
-    order, rng = sorted(lengths), random.Random(0)
-    longest, middling = order[-rows:], order[max(0, (len(order) - rows) // 2):][:rows]
+    "Measure the memory of the largest batch, and the time of it and of a middling one."
+    parts, rng = [[lengths[i] for i in part] for part in batches(lengths, rows)], random.Random(0)
+    longest, middling = max(parts, key=lambda part: len(part) * part[-1]), parts[len(parts) // 2]
     optimizer = trial_optimizer(module)
     def once(sizes: Sequence[int]) -> float:
         ids = [[rng.randrange(len(model.tokenizer)) for _ in range(n)] for n in sizes]
         return timed(lambda: step(module, optimizer, ids, model.task), model.device)
-    once(middling[:1])  # what is only done once: kernels, buffers, the state of the optimizer
+    once(parts[-1][-1:])  # what is only done once: kernels, buffers, the state of the optimizer
     base = held_memory(model.device)
     reset_peak(model.device)
     seconds = once(longest[-1:])
