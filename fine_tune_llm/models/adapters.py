@@ -17,6 +17,7 @@ from typing import Any
 
 from ..core.errors import ConfigurationError, ModelError
 from .loading import quiet
+from .presets import PRESETS
 
 # %% ../../nbs/models/410_adapters.ipynb #methods
 METHODS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}, "pissa": {"init_lora_weights": "pissa"},
@@ -102,7 +103,8 @@ def add_adapter(module: Any,  # a model from `build_classifier` or `build_causal
     if method == "adalora" and steps is None: raise ConfigurationError("AdaLoRA must know the steps of the run", fix="pass steps=")
     kind = "SEQ_CLS" if type(module).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM"
     if getattr(module, "is_quantized", False): module = prepare_model_for_kbit_training(module, use_gradient_checkpointing=False)
-    config = lora_config({"task_type": kind, **lora}, steps or 1000)
+    known = PRESETS.get(module.config.model_type)
+    config = lora_config({"task_type": kind, **({"target_modules": known.targets} if known and known.targets else {}), **lora}, steps or 1000)
     try:
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
