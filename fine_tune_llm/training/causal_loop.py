@@ -15,7 +15,7 @@ from typing import Any
 from ..core.errors import TrainingError
 from ..models.loading import Model
 from .arithmetic import Arithmetic, convert_frozen, matmul_precision, plan_arithmetic
-from .loop import EpochOrder, Settings, parameter_groups, training_arguments
+from .loop import Settings, ordered_trainer, training_arguments
 from .packing import assert_packing, pad_rows, pack_rows, share_rows
 
 # %% ../../nbs/training/528_causal_loop.ipynb #plan
@@ -29,7 +29,10 @@ class CausalPlan:
 
 # %% ../../nbs/training/528_causal_loop.ipynb #plan-causal
 def plan_causal(model: Model, module: Any,  # with its adapter, before its weights change
-                examples: Sequence[Mapping[str, Sequence[int]]], exact: bool) -> CausalPlan:
+                examples: Sequence[Mapping[str, Sequence[int]]],
+                exact: bool,  # keep the number format of the model
+                packing: bool = True,  # lay rows end to end where that is safe
+               ) -> CausalPlan:
     "Try what makes training fast on this very model."
     from fine_tune_llm.training.supervised_loss import check_supervised_loss
     notes = []
@@ -41,16 +44,16 @@ def plan_causal(model: Model, module: Any,  # with its adapter, before its weigh
         return True
     longest = max(examples, key=lambda row: len(row["input_ids"]))
     selective = works("the head runs on all tokens", check_supervised_loss, module, list(longest["input_ids"]))
-    packed = selective and works("rows are padded, not packed", assert_packing, module, [longest, *examples[:2]])
+    packed = packing and selective and works("rows are padded, not packed", assert_packing, module, [longest, *examples[:2]])
     return CausalPlan(plan_arithmetic(model, exact), packed, selective, tuple(notes))
 
 # %% ../../nbs/training/528_causal_loop.ipynb #batch
-def collate(rows: Sequence[Mapping[str, Sequence[int]]], plan: CausalPlan, pad_id: int,
+def collate(rows: Sequence[Mapping[str, Any]], plan: CausalPlan, pad_id: int,
             limit: int = 4096,  # tokens in a packed row
-           ) -> dict[str, Any]:  # parts: batches as the model takes them
+           ) -> dict[str, Any]:  # parts: batches as the model takes them; rows: numbers of the rows
     "Lay out the rows of a step."
-    if not plan.packed: return {"parts": [pad_rows(rows, pad_id)]}
-    return {"parts": [pack_rows(part, pad_id) for part in share_rows(rows, limit)]}
+    parts = [pack_rows(part, pad_id) for part in share_rows(rows, limit)] if plan.packed else [pad_rows(rows, pad_id)]
+    return {"parts": parts, "rows": [row["row"] for row in rows]}
 
 # %% ../../nbs/training/528_causal_loop.ipynb #part-loss
 def part_loss(module: Any, part: Mapping[str, Any],  # a batch from `collate`
@@ -72,39 +75,24 @@ def make_causal_trainer(model: Model,  # from `load_model`
                         settings: Settings,
                         work: Path,  # the trainer's own folder
                         listener: Any,  # a transformers TrainerCallback
+                        plan: CausalPlan | None = None,  # from the run that is resumed; None: find out
+                        names: Sequence[str] = (),  # id of each row, for errors; its number where not given
                        ) -> Any:  # transformers' Trainer, with its `plan`
     "Set up the training loop of a language model."
-    from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
-    plan = plan_causal(model, module, examples, getattr(settings, "exact", False))
+    plan = plan or plan_causal(model, module, examples, settings.exact, settings.packing)
     args = training_arguments(model, settings, work, math.ceil(len(examples) / settings.batch_size) * settings.epochs)
     args.bf16 = False  # the weights are in the format of the plan; nothing is cast on the way
     if args.world_size > 1: raise TrainingError("this loop is for one process", fix="start it without a distributed launcher")
     lengths = [1 if plan.packed else len(row["input_ids"]) for row in examples]
-    pad_id = model.tokenizer.pad_token_id or 0
-    class CausalTrainer(Trainer):
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return EpochOrder(lengths, args.per_device_train_batch_size * args.gradient_accumulation_steps, settings.seed)
-        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-            if self.optimizer is None:
-                kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-                self.optimizer = kind(parameter_groups(module, settings), **options)
-            return self.optimizer
+    ordered: Any = ordered_trainer(lengths, names if len(names) else [*map(str, range(len(examples)))], lambda net, part: part_loss(net, part, plan),
+                                   lambda part: int(supervised(part)), settings)
+    class CausalTrainer(ordered):
         def train(self, *args: Any, **kwargs: Any) -> Any:
             with matmul_precision(plan.arithmetic.matmul): return super().train(*args, **kwargs)
-        def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
-            return sum(supervised(part) for batch in batch_samples for part in batch["parts"]).to(device)  # type: ignore[union-attr]
-        def floating_point_ops(self, inputs: Any) -> int: return 0
-        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-            model.train()
-            total: Any = 0.0
-            for part in self._prepare_inputs(inputs)["parts"]:
-                loss = part_loss(model, part, plan) / num_items_in_batch.clamp(min=1)
-                self.accelerator.backward(loss)
-                total = total + loss.detach()
-            return total
     convert_frozen(module, plan.arithmetic.dtype)
-    trainer = CausalTrainer(module, args, train_dataset=list(examples), data_collator=lambda rows: collate(rows, plan, pad_id), callbacks=[listener])
+    rows, pad_id = [{**row, "row": n} for n, row in enumerate(examples)], model.tokenizer.pad_token_id or 0
+    trainer = CausalTrainer(module, args, train_dataset=rows, data_collator=lambda some: collate(some, plan, pad_id), callbacks=[listener])
     trainer.remove_callback(PrinterCallback)
     trainer.plan = plan
     return trainer
