@@ -140,4 +140,4 @@ def evaluate_tokens(model: Model, module: Any,  # a causal language model
     finally: module.train(was)
     if not tokens or not math.isfinite(total):
         raise TrainingError(f"the loss of {tokens} validation tokens is {total}", fix="give the validation rows answers, or lower the learning rate")
-    return {"loss": total / tokens, "perplexity": math.exp(min(total / tokens, 700)), "tokens": tokens}
+    return {"loss": total / tokens, "nll": total / tokens, "perplexity": math.exp(min(total / tokens, 700)), "tokens": tokens}
