@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from fine_tune_llm.core.errors import ConfigurationError
+from fine_tune_llm.core.labels import Labels
 from fine_tune_llm.training.class_losses import CLASS_LOSSES, class_loss, mmce_penalty, split_abstention
 from fine_tune_llm.uncertainty.predictions import Predictions
-from fine_tune_llm.core.labels import Labels
 
 torch = pytest.importorskip("torch")
 PLAIN = [n for n, (_, extra) in CLASS_LOSSES.items() if not extra]
@@ -17,25 +17,27 @@ def softmax(z: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def in_numpy(name: str, z: np.ndarray, y: np.ndarray, **o) -> np.ndarray:
-    "Write each formula out from probabilities, row by row."
-    p, out = softmax(z), []
-    for row, k in zip(p, y):
-        t, b, share = row[k], row[-1], row[:-1]
-        out.append({
-            "cross-entropy": lambda: -sum(((1 - o.get("smoothing", 0)) * (j == k) + o.get("smoothing", 0) / len(row)) * np.log(v) for j, v in enumerate(row)),
-            "focal": lambda: -(1 - t) ** ((5 if t < 0.2 else 3) if o.get("gamma") == "53" else o.get("gamma", 2)) * np.log(t),
-            "mmce": lambda: -np.log(t),
-            "confidence-weighted": lambda: (1 - t ** o.get("power", 0.7)) / o.get("power", 0.7),
-            "gambler": lambda: -np.log(t + b / o.get("payoff", 2.2)),
-            "abstaining": lambda: -(1 - b) * np.log(share[k] / (1 - b)) - o.get("price", 1) * np.log(1 - b),
-            "chow": lambda: -np.log(t) - (1 - o.get("cost", 0.2)) * np.log(b)}[name]())
-    penalty = 0.0
-    if name == "mmce":
-        r, c = p.max(1), p.argmax(1) == y
-        penalty = o.get("weight", 2.0) * np.sqrt(sum((c[i] - r[i]) * (c[j] - r[j]) * np.exp(-abs(r[i] - r[j]) / o.get("width", 0.4))
-                                                     for i in range(len(y)) for j in range(len(y)))) / len(y)
-    return np.array(out) + penalty
+def one_row(name: str, row: np.ndarray, k: int, smoothing=0.0, gamma=2.0, power=0.7, payoff=2.2, price=1.0, cost=0.2, **_) -> float:
+    "Write each formula out from the probabilities of one row."
+    t, b, share, n = row[k], row[-1], row[:-1], len(row)
+    match name:
+        case "cross-entropy": return -sum(((1 - smoothing) * (j == k) + smoothing / n) * np.log(v) for j, v in enumerate(row))
+        case "focal": return -(1 - t) ** ((5 if t < 0.2 else 3) if gamma == "53" else gamma) * np.log(t)
+        case "mmce": return -np.log(t)
+        case "confidence-weighted": return (1 - t ** power) / power
+        case "gambler": return -np.log(t + b / payoff)
+        case "abstaining": return -(1 - b) * np.log(share[k] / (1 - b)) - price * np.log(1 - b)
+        case "chow": return -np.log(t) - (1 - cost) * np.log(b)
+    raise AssertionError(name)
+
+
+def in_numpy(name: str, z: np.ndarray, y: np.ndarray, weight=2.0, width=0.4, **options) -> np.ndarray:
+    "Write a loss out, with the double sum of MMCE."
+    p = softmax(z)
+    rows = np.array([one_row(name, row, k, **options) for row, k in zip(p, y)])
+    if name != "mmce": return rows
+    r, c, n = p.max(1), p.argmax(1) == y, len(y)
+    return rows + weight * np.sqrt(sum((c[i] - r[i]) * (c[j] - r[j]) * np.exp(-abs(r[i] - r[j]) / width) for i in range(n) for j in range(n))) / n
 
 
 OPTIONS = [("cross-entropy", {}), ("cross-entropy", {"smoothing": 0.1}), ("focal", {}), ("focal", {"gamma": 0.5}), ("focal", {"gamma": "53"}), ("mmce", {}),

@@ -16,14 +16,20 @@ from fine_tune_llm.models.adapters import add_adapter
 from fine_tune_llm.models.choices import letter_choices, score_choices
 from fine_tune_llm.models.generation import generate_answers, token_log_probs
 from fine_tune_llm.models.label_forward import WAYS, tree_scores
-from fine_tune_llm.models.label_scoring import choose_way, content_free_prior, predict_label_words, score_asked, score_label_words
+from fine_tune_llm.models.label_scoring import (
+    choose_way,
+    content_free_prior,
+    predict_label_words,
+    score_asked,
+    score_label_words,
+)
 from fine_tune_llm.models.label_tokens import Asked, ask_labels
 from fine_tune_llm.models.label_trie import ancestors, build_trie
 from fine_tune_llm.models.loading import build_causal, load_model
 from fine_tune_llm.training.class_losses import CLASS_LOSSES, class_loss
 
 torch = pytest.importorskip("torch")
-import transformers as hf  # noqa: E402
+hf = pytest.importorskip("transformers")
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 STORIES = SHARED / "models/stories260K"

@@ -50,8 +50,8 @@ def sum_steps(values: Any,  # torch tensor [E]
              ) -> Any:  # float64 [K]
     "Add the steps of each answer up."
     import torch
-    answer, edge = (torch.as_tensor(v, device=values.device) for v in (answer, edge))
-    return torch.zeros(k, dtype=torch.float64, device=values.device).index_add(0, answer, values[edge].double())
+    to, taken = (torch.as_tensor(v, device=values.device) for v in (answer, edge))
+    return torch.zeros(k, dtype=torch.float64, device=values.device).index_add(0, to, values[taken].double())
 
 # %% ../../nbs/models/423_label_forward.ipynb #pad
 def pad_right(rows: Sequence[Sequence[int]],  # token ids
