@@ -99,6 +99,17 @@ def test_the_check_catches_a_small_difference():
     assert choose_way(module, asked, 0) != "tree" or np.abs(torch.cat(tree_scores(module, asked, 0)).detach().numpy() - naive(module, asked)).max() < 1e-4
 
 
+def test_a_window_longer_than_the_check():
+    "Only the configuration tells: the check reads short prompts, which fit into the window."
+    rng = np.random.default_rng(1)
+    asked = [Asked(tuple(rng.integers(3, V, n).tolist()), random_asked()[0].answers) for n in (60, 34)]
+    module = build(hf.MistralConfig(**KV, sliding_window=40))
+    assert choose_way(module, asked[1:], 0) == "tree" and choose_way(module, asked, 0) == "cache"
+    with torch.inference_mode(): found = {way: torch.cat(WAYS[way](module, asked, 0)).numpy() for way in WAYS}
+    truth = naive(module, asked)
+    assert np.abs(found["cache"] - truth).max() < 1e-4 < 1e-2 < np.abs(found["tree"] - truth).max()
+
+
 def test_half_precision_stays_near():
     module, asked = build(MODELS["llama"][0]).bfloat16(), random_asked()
     assert choose_way(module, asked, 0) == "tree"
