@@ -50,7 +50,7 @@ class Listener(TrainerCallback):
     "Write what happens into a run folder, and do what it is told there."
     def __init__(self, run: Run, facts: dict[str, Any],  # rows, device, dtype: what run_started should say
                  interrupted: threading.Event,  # set by `interruptible`
-                 evaluate: Callable[[], dict[str, float]] | None = None,  # figures on the validation split
+                 evaluate: Callable[[], dict[str, float]] | None = None,  # figures on the validation split, when a command asks for them
                  progress: Callable[[int, int, str], None] | None = None):  # gets step, total and a note
         self.run, self.facts, self.interrupted, self.evaluate, self.progress = run, facts, interrupted, evaluate, progress
         self.stopped, self.paused, self.began, self.first, self.waited = False, False, 0.0, 0, 0.0
@@ -70,9 +70,6 @@ class Listener(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         save_step(self, args, state.global_step)
         if self.paused: between_steps(self, state, control, kwargs)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.evaluate and not self.stopped: self.run.log("evaluated", step=state.global_step, epoch=state.epoch, **self.evaluate())
 
 # %% ../../nbs/training/520_control.ipynb #commands
 def between_steps(listener: Listener, state: Any, control: Any, kwargs: dict[str, Any]) -> None:
