@@ -123,7 +123,7 @@ AUDIT_CSS = PANEL_CSS + """
 .ft-audit .look h4{font-size:13px;font-weight:600;margin:18px 0 4px;padding-top:10px;border-top:1px solid var(--rule)}
 .ft-audit .quiet,.look .quiet{color:var(--dim)}.look .wide-table{overflow-x:auto}
 .look.look .gaps th[scope=row]{line-height:1.35}.look.look .gaps tr.line>*{padding-top:2px;padding-bottom:2px}
-.look.look tbody th{vertical-align:middle}.look.look td.long{min-width:180px}
+.look.look tbody th{vertical-align:middle}.look.look td.long{min-width:180px}.look.look th.long{min-width:90px;overflow-wrap:anywhere}
 .look ul{margin:4px 0;padding-left:18px}.look.look .mark{width:1px;padding-right:0}
 .ft-audit .ft-choices,.ft-audit .ft-review,.ft-audit .ft-out{flex-wrap:wrap;gap:8px 14px;padding:2px 20px 8px;align-items:center;overflow:visible}
 .ft-audit .ft-field{width:auto;margin:0;height:auto}.ft-audit .ft-field>label.widget-label{width:auto;margin-right:6px;color:var(--jp-ui-font-color1,#212121)}

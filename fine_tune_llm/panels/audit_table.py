@@ -151,7 +151,7 @@ def examples_html(t: pd.DataFrame,  # of `example_rows`
 # %% ../../nbs/panels/665_audit_table.ipynb #slices
 def slices_html(s: SliceReport) -> str:
     "Lay out the slices that were tested."
-    body = "".join(f'<tr class="top"><th scope="row">{escape(visible(cut(r.name, 60)))}</th><td class="num">{num(r.loss.n, 0)}</td><td>{told(r.loss)}</td>'
+    body = "".join(f'<tr class="top"><th scope="row" class="long">{escape(visible(cut(r.name, 60)))}</th><td class="num">{num(r.loss.n, 0)}</td><td>{told(r.loss)}</td>'
                    f'<td>{told(r.gap)}</td><td class="num">{num(r.p) if r.p >= 0.0005 else "&lt; 0.001"}</td><td>{chip(r.verdict)}</td></tr>' for r in s.rows)
     names = ("slice", "n", f"{escape(s.metric)} [95 %]", "gap to the rest [95 %]", "p, adjusted", "verdict")
     head = "".join(f'<th scope="col" class="{"num" if h[0] in "np" else ""}">{h}</th>' for h in names)
