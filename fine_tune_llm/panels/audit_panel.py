@@ -254,7 +254,8 @@ def draw_all(panel: AuditPanel) -> None:
     "Draw every piece."
     panel.head.value = look(head_html(panel.report))
     panel.more.value = look(findings_html(panel.report) + (slices_html(panel.slices) if panel.slices else ""))
-    draw_table(panel), draw_examples(panel), draw_dossier(panel), tell(panel, f"{len(panel.report.rows)} lines, sorted by {panel.sort}.")
+    for draw in (draw_table, draw_examples, draw_dossier): draw(panel)
+    tell(panel, f"{len(panel.report.rows)} lines, sorted by {panel.sort}.")
 
 def panel_picture(panel: AuditPanel) -> str:  # HTML with its style sheet
     "Draw a panel as it stands, without widgets and without texts."
