@@ -97,7 +97,7 @@ def trl_arguments(model: Model, s: PreferenceSettings, work: Path,  # the traine
     for name in s.options:
         if name not in known: raise ConfigurationError(f"options may not set {name!r} of {kind.__name__}" if name in ours else f"{kind.__name__} has no {name!r}",
                                                        fix=f"did you mean {', '.join(get_close_matches(name, known)) or 'beta'}?")
-    return kind(**ours, **s.options)
+    with quiet(): return kind(**ours, **s.options)
 
 # %% ../../nbs/training/554_recipes.ipynb #rows
 def pair_records(t: AnswerTokens, reward: bool = False) -> list[dict[str, Any]]:
