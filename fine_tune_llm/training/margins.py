@@ -88,9 +88,9 @@ def answer_tokens(held: Pairs | Judgements, tokenizer: Any, template: Template,
     rows = [found[i::len(held)] for i in range(len(held))]  # per row: (prompt, answer) of each side
     kept = [i for i, row in enumerate(rows) if all(a for _, a in row) and (on_cut == "keep" or not cut[:, i].any())]
     if not kept: raise DataError(f"no row has whole answers within max_length={max_length}", held.name, f"max_length={int(truth.table['tokens'].max())} cuts none")
-    merged = int((~truth.table["prompt_is_prefix"]).sum())
+    merged = int((~truth.table["prompt_is_prefix"].to_numpy().reshape(cut.shape)).any(0).sum())
     notes = [f"{len(rows) - len(kept)} of {len(rows)} rows are left out: they are longer than {max_length} tokens."] * (len(kept) < len(rows))
-    notes += [f"{merged} prompts share their last token with the answer, which is learned with it."] * (merged > 0)
+    notes += [f"In {merged} rows the last token of the prompt merges with the answer, and is learned with it."] * (merged > 0)
     same = [shared([p for p, _ in rows[i]]) for i in kept]
     return AnswerTokens([rows[i][0][0][:n] for i, n in zip(kept, same)], tuple([rows[i][s][0][n:] + rows[i][s][1] for i, n in zip(kept, same)]
                         for s in range(len(sides))), np.array(kept), tuple(notes))
