@@ -103,11 +103,13 @@ def take(held: Any,  # `Pairs` or `Judgements`
     kept = np.arange(len(held))[rows]
     return replace(held, **{f: [getattr(held, f)[i] for i in kept] for f in fields}, ids=held.ids[kept], places=held.places[kept], quarantine=(), notes=())
 
+# %% ../../nbs/training/550_choices.ipynb #headline
 def headline(held: Any, what: str) -> str:
     "State how many rows there are and what became of the others."
     aside = f", {len(held.quarantine)} of {held.read} rows in quarantine" if held.quarantine else ""
     return f"{held.name or 'list'}: {len(held):,} {what}{aside}"
 
+# %% ../../nbs/training/550_choices.ipynb #where
 def where(held: Any, positions: Sequence[int], most: int = 8) -> str:
     "Say where rows stand, in the numbers of their file."
     shown = ", ".join(str(int(held.places[i])) for i in positions[:most])
@@ -120,6 +122,7 @@ def repeats(keys: Sequence[str],  # what makes two rows the same
     first: dict[str, int] = {}
     return {i: f"the same as {at(rows, [first[k]])}" for i, k in enumerate(keys) if first.setdefault(k, i) != i}
 
+# %% ../../nbs/training/550_choices.ipynb #disputes
 def disputes(keys: Sequence[str],  # what two rows share that contradict each other
              rows: Rows) -> tuple[str, ...]:  # a sentence, or none
     "Name the rows that contradict another one."
@@ -127,6 +130,7 @@ def disputes(keys: Sequence[str],  # what two rows share that contradict each ot
     twice = [i for i, k in enumerate(keys) if count[k] > 1]
     return (f"Rows that contradict another one: {len(twice)} ({at(rows, twice)}).",) if twice else ()
 
+# %% ../../nbs/training/550_choices.ipynb #key
 def key(*parts: Any) -> str:
     "Write parts of a row as one text."
     return json.dumps(parts, ensure_ascii=False, sort_keys=True)
@@ -208,6 +212,7 @@ def read_judgement(prompt: Any, answer: Any, label: Any) -> tuple[Any, str, bool
     if str(label).strip().lower() not in GOOD: raise ValueError(f"the label {str(label)[:20]!r} is neither true nor false")
     return prompt, said[0]["content"], GOOD[str(label).strip().lower()]
 
+# %% ../../nbs/training/550_choices.ipynb #load-judgements-it
 def load_judgements(source: Any,  # anything that `read_rows` takes, with columns prompt, completion and label
                     on_bad_row: str = "refuse",  # or "quarantine"
                     **how: Any,  # further settings of `read_rows`
@@ -225,6 +230,7 @@ def opening(prompt: Any) -> str:
     "Write a prompt as one text."
     return prompt if isinstance(prompt, str) else "\n".join(t["content"] for t in prompt)
 
+# %% ../../nbs/training/550_choices.ipynb #split-pairs
 def split_pairs(pairs: Pairs,
                 sizes: Sequence[float] = (.6, .1, .15, .15),  # shares of train, validation, calibration, test
                 seed: int = 0,  # another seed, another deal

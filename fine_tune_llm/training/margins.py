@@ -35,6 +35,7 @@ def answer_template(prompts: Sequence[Any],  # texts, or lists of turns
     if not any(not isinstance(p, str) for p in prompts): return completion()
     return chat(learn="last", style=None if getattr(tokenizer, "chat_template", None) else "plain")
 
+# %% ../../nbs/training/552_margins.ipynb #answer-truth
 def answer_truth(prompts: Sequence[Any], answers: Sequence[str],  # n each
                  tokenizer: Any, template: Template,
                  max_length: int,  # tokens that prompt and answer may have
@@ -142,6 +143,7 @@ def lots(ids: Sequence[str]) -> np.ndarray:  # 0 where the chosen answer stands 
     "Draw the order of each pair from its id."
     return np.array([sha256(f"order {i}".encode()).digest()[0] % 2 for i in ids], dtype=np.int64)
 
+# %% ../../nbs/training/552_margins.ipynb #choice-it
 def choice_predictions(pairs: Pairs, chosen: np.ndarray, rejected: np.ndarray,  # score of each answer, shape [n]
                        split: str = "", source: str = "",  # as in `Predictions`
                        seen: Mapping[str, frozenset[str]] | None = None,  # stage -> ids of the pairs that it used
@@ -159,12 +161,14 @@ def margins(preds: Predictions) -> np.ndarray:  # score of the preferred answer 
     p, y = preds.log_probs, preds.require_y("a margin")
     return p[np.arange(len(y)), y] - p[np.arange(len(y)), 1 - y]
 
+# %% ../../nbs/training/552_margins.ipynb #preference-figures
 def preference_figures(preds: Predictions,
                        n_boot: int = 200,  # draws for the interval of the calibration error
                       ) -> dict[str, Estimate]:  # accuracy, margin, nll, brier, ece
     "Measure a model of preferences."
     return {"accuracy": accuracy(preds), "margin": mean(margins(preds), "margin"), "nll": nll(preds), "brier": brier(preds), "ece": ece(preds, n_boot=n_boot)}
 
+# %% ../../nbs/training/552_margins.ipynb #flat-figures
 def flat_figures(found: Mapping[str, Estimate]) -> dict[str, float]:  # name, name_low, name_high, and the null of ece
     "Spread estimates into the plain numbers of an event."
     plain = {f"{k}{end}": v for k, e in found.items() for end, v in (("", e.value), ("_low", e.low), ("_high", e.high))}

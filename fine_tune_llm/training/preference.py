@@ -87,6 +87,7 @@ def as_pairs(prompts: Sequence[Any]) -> Pairs:  # with empty answers
     once = list({key(p): p for p in prompts}.values())
     return Pairs(once, [""] * len(once), [""] * len(once), np.array([digest([key(p)]) for p in once]), np.arange(1, len(once) + 1), "prompts")
 
+# %% ../../nbs/training/556_preference.ipynb #prompt-texts
 def prompt_texts(prompts: Sequence[Any], tokenizer: Any, template: Template) -> list[str]:
     "Render prompts up to where an answer begins."
     texts, bos = [], tokenizer.bos_token
@@ -102,6 +103,7 @@ def tokens_of(run: PreferenceRun, held: Pairs | Judgements) -> AnswerTokens:
     assert run.model and run.template
     return answer_tokens(held, run.model.tokenizer, run.template, longest_input(run.model, run.settings.max_length), run.settings.on_cut)
 
+# %% ../../nbs/training/556_preference.ipynb #run-records
 def run_records(run: PreferenceRun) -> list[dict[str, Any]]:  # as the trainer of the method takes them
     "Settle what is trained on, and write down what is left out."
     s, held = run.settings, run.train
@@ -157,6 +159,7 @@ def judge(run: PreferenceRun, module: Any, pairs: Pairs, split: str) -> Predicti
     seen = {"training": frozenset(map(str, run.train.ids))} if run.train is not None else {}
     return choice_predictions(pairs.take(t.rows), chosen, rejected, split, digest(run.read_json("fingerprint.json").values()), seen)
 
+# %% ../../nbs/training/556_preference.ipynb #predict-pairs
 def predict_pairs(run: PreferenceRun, pairs: Pairs,
                   name: str,  # of the split, and of the file
                  ) -> Predictions:
@@ -232,11 +235,13 @@ def content(held: Pairs | Judgements | None) -> str:  # 16 hex digits, "none" wi
     sides = (held.chosen, held.rejected) if isinstance(held, Pairs) else (held.answers, held.good)
     return digest(key(p, a, b) for p, a, b in zip(held.prompts, *sides))
 
+# %% ../../nbs/training/556_preference.ipynb #reward-source
 def reward_source(reward: Reward) -> str:  # 16 hex digits
     "Hash the code of a reward function."
     try: return digest([inspect.getsource(reward)])
     except (OSError, TypeError): return digest([getattr(reward, "__qualname__", type(reward).__qualname__)])
 
+# %% ../../nbs/training/556_preference.ipynb #preference-fingerprint
 def preference_fingerprint(run: PreferenceRun) -> dict[str, str]:  # dotted name -> value
     "Write down all that decides the result."
     import torch

@@ -10,8 +10,9 @@ __all__ = ['METHODS', 'BETA', 'trl_classes', 'is_unstable', 'PreferenceSettings'
 # %% ../../nbs/training/554_recipes.ipynb #imports
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ def trl_classes(method: str) -> tuple[Any, Any]:  # the configuration and the tr
     "Find a method in TRL."
     if method not in METHODS: raise ConfigurationError(f"no method {method!r}", fix=f"use one of {', '.join(METHODS)}")
     try:
-        if method == "orpo": from trl.experimental import orpo as home
-        else: import trl as home
+        home = import_module("trl.experimental.orpo" if method == "orpo" else "trl")
+        return getattr(home, f"{METHODS[method]}Config"), getattr(home, f"{METHODS[method]}Trainer")
     except ImportError as e:
         raise ConfigurationError(f"method {method!r} needs TRL, which cannot be imported: {e}", fix="pip install 'fine_tune_llm[prefer]'") from None
-    return getattr(home, f"{METHODS[method]}Config"), getattr(home, f"{METHODS[method]}Trainer")
 
+# %% ../../nbs/training/554_recipes.ipynb #is-unstable
 def is_unstable(method: str) -> bool:
     "Tell whether TRL may change or drop a method in any release."
     return trl_classes(method)[1].__module__.startswith("trl.experimental")
@@ -105,12 +106,14 @@ def pair_records(t: AnswerTokens, reward: bool = False) -> list[dict[str, Any]]:
     found = zip(t.prompts, *t.answers)
     return [{"chosen_ids": p + a, "rejected_ids": p + b} if reward else {"prompt_ids": p, "chosen_ids": a, "rejected_ids": b} for p, a, b in found]
 
+# %% ../../nbs/training/554_recipes.ipynb #orpo-rows
 def orpo_records(t: AnswerTokens) -> list[dict[str, Any]]:
     "Write pairs as ORPO takes them."
     def side(name: str, p: list[int], a: list[int]) -> dict[str, Any]:
         return {f"{name}_input_ids": p + a, f"{name}_attention_mask": [1] * len(p + a), f"{name}_labels": [-100] * len(p) + a}
     return [{"prompt_input_ids": p, "prompt_attention_mask": [1] * len(p), **side("chosen", p, a), **side("rejected", p, b)} for p, a, b in zip(t.prompts, *t.answers)]
 
+# %% ../../nbs/training/554_recipes.ipynb #kto-rows
 def kto_records(t: AnswerTokens,
                 good: Sequence[bool],  # True where the answer was liked, m
                 batch_size: int, seed: int) -> list[dict[str, Any]]:

@@ -52,6 +52,7 @@ def luck(m: int,  # runs, 1 or more
     "Give the mean of the largest of m standard normal numbers."
     return float(m * quad(lambda x: x * norm.pdf(x) * norm.cdf(x) ** (m - 1), -12, 12, points=[0, luck_peak(m)])[0])
 
+# %% ../../nbs/training/560_sweeps.ipynb #luck-peak
 def luck_peak(m: int) -> float:
     "Tell where the largest of m standard normal numbers lies about."
     return float(norm.ppf(1 - 1 / (m + 1)))
@@ -66,6 +67,7 @@ def measured(preds: Predictions, metric: Callable[..., Estimate],
     one, wide = metric(preds), metric(preds, level=1 - 0.05 / m)
     return dict(metric=one.name, value=one.value, low=one.low, high=one.high, low_all=wide.low, high_all=wide.high, n=one.n, split=preds.split)
 
+# %% ../../nbs/training/560_sweeps.ipynb #run-trial
 def run_trial(train: Callable[..., Run], judge: Callable[[Any], Predictions], metric: Callable[..., Estimate], point: Mapping[str, Any],
               folder: Path,  # of the run
               m: int) -> None:
@@ -114,7 +116,7 @@ def sweep_notes(s: Sweep) -> tuple[str, ...]:  # one sentence each
 # %% ../../nbs/training/560_sweeps.ipynb #collect
 def collect_trials(folder: Path, names: Sequence[str], larger: bool) -> Sweep:
     "Read the records of a sweep, the best first."
-    records = [json.loads((folder / n / "trial.json").read_text()) if (folder / n / "trial.json").is_file() else {"settings": {}, "state": "unfinished"} for n in names]
+    records: list[dict[str, Any]] = [json.loads((folder / n / "trial.json").read_text()) if (folder / n / "trial.json").is_file() else {"settings": {}, "state": "unfinished"} for n in names]
     rows = [{**r["settings"], **{k: v for k, v in r.items() if k not in ("settings", "metric", "split")}} for r in records]
     columns = [*dict.fromkeys(k for r in records for k in r["settings"]), "value", "low", "high", "low_all", "high_all", "n", "state"]
     table = pd.DataFrame(rows, index=pd.Index(names, name="run"))
