@@ -3,6 +3,8 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from fine_tune_llm.core.labels import Labels
 from fine_tune_llm.models.adapters import add_adapter
@@ -10,9 +12,6 @@ from fine_tune_llm.models.loading import build_classifier, load_model
 from fine_tune_llm.training.arithmetic import Arithmetic
 from fine_tune_llm.training.causal_loop import CausalPlan, make_causal_trainer
 from fine_tune_llm.training.loop import Settings, epoch_order, make_trainer
-
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 SPLITS = [(8, 1), (8, 2), (8, 8)]  # rows of a step, pieces: 8 x 1, 4 x 2, 1 x 8
 LORA = dict(r=4, lora_alpha=16, lora_dropout=0.0)

@@ -5,6 +5,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import fine_tune_llm as ft
 from fine_tune_llm.core.config import TrainingSection
@@ -20,10 +23,6 @@ from fine_tune_llm.training.tasks import FIGURES
 from fine_tune_llm.training.trainer import finetune, trained_module
 from fine_tune_llm.uncertainty.metrics import aurc, brier, coverage_at_risk, ece, nll
 from fine_tune_llm.uncertainty.predictions import Predictions
-
-import torch
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 WORDS = "morning evening street garden window river letter kitchen market school bridge forest".split()
 ROWS = [dict(text=f"{a} and {b} in the {w}", label=w) for w in ("rain", "sun") for i, a in enumerate(WORDS) for b in WORDS[i + 1:i + 6]]
@@ -197,7 +196,6 @@ def test_a_broken_gradient_stops_before_the_weights(tiny, tmp_path):
     from fine_tune_llm.models.adapters import add_adapter
     from fine_tune_llm.models.loading import build_causal
     from fine_tune_llm.training.causal_loop import make_causal_trainer
-    from transformers import TrainerCallback
     model, module = tiny["sft"], add_adapter(build_causal(tiny["sft"]), dict(r=2))
     weight = next(p for n, p in module.named_parameters() if "lora_B" in n)
     weight.register_hook(lambda g: g * math.inf)
