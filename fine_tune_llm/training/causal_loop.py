@@ -16,7 +16,7 @@ from ..core.errors import TrainingError
 from ..models.loading import Model
 from .arithmetic import Arithmetic, convert_frozen, matmul_precision, plan_arithmetic
 from .loop import Settings, ordered_trainer, training_arguments
-from .packing import assert_packing, pad_rows, pack_rows, share_rows
+from .packing import assert_packing, pack_rows, pad_rows, share_rows
 
 # %% ../../nbs/training/528_causal_loop.ipynb #plan
 @dataclass(frozen=True)
@@ -80,19 +80,19 @@ def make_causal_trainer(model: Model,  # from `load_model`
                        ) -> Any:  # transformers' Trainer, with its `plan`
     "Set up the training loop of a language model."
     from transformers.trainer_callback import PrinterCallback
-    plan = plan or plan_causal(model, module, examples, settings.exact, settings.packing)
+    chosen = plan or plan_causal(model, module, examples, settings.exact, settings.packing)
     args = training_arguments(model, settings, work, math.ceil(len(examples) / settings.batch_size) * settings.epochs)
     args.bf16 = False  # the weights are in the format of the plan; nothing is cast on the way
     if args.world_size > 1: raise TrainingError("this loop is for one process", fix="start it without a distributed launcher")
-    lengths = [1 if plan.packed else len(row["input_ids"]) for row in examples]
-    ordered: Any = ordered_trainer(lengths, names if len(names) else [*map(str, range(len(examples)))], lambda net, part: part_loss(net, part, plan),
+    lengths = [1 if chosen.packed else len(row["input_ids"]) for row in examples]
+    ordered: Any = ordered_trainer(lengths, names if len(names) else [*map(str, range(len(examples)))], lambda net, part: part_loss(net, part, chosen),
                                    lambda part: int(supervised(part)), settings)
     class CausalTrainer(ordered):
         def train(self, *args: Any, **kwargs: Any) -> Any:
-            with matmul_precision(plan.arithmetic.matmul): return super().train(*args, **kwargs)
-    convert_frozen(module, plan.arithmetic.dtype)
+            with matmul_precision(chosen.arithmetic.matmul): return super().train(*args, **kwargs)
+    convert_frozen(module, chosen.arithmetic.dtype)
     rows, pad_id = [{**row, "row": n} for n, row in enumerate(examples)], model.tokenizer.pad_token_id or 0
-    trainer = CausalTrainer(module, args, train_dataset=rows, data_collator=lambda some: collate(some, plan, pad_id), callbacks=[listener])
+    trainer = CausalTrainer(module, args, train_dataset=rows, data_collator=lambda some: collate(some, chosen, pad_id), callbacks=[listener])
     trainer.remove_callback(PrinterCallback)
-    trainer.plan = plan
+    trainer.plan = chosen
     return trainer

@@ -16,7 +16,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from ..core.errors import TrainingError
 from ..core.runs import Run
-from .loop import MEASURES, Settings
+from .evaluation import MEASURES
 
 # %% ../../nbs/training/524_stopping.ipynb #standing
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def put_weights(module: Any, weights: Mapping[str, Any]) -> None:
 # %% ../../nbs/training/524_stopping.ipynb #referee
 class Referee(TrainerCallback):
     "Evaluate when it is time, keep the best weights, and end a run that gets no better."
-    def __init__(self, run: Run, settings: Settings, module: Any,  # a torch module that trains
+    def __init__(self, run: Run, settings: Any,  # the dials of the run, `Settings` of the loop
+                 module: Any,  # a torch module that trains
                  evaluate: Callable[[], Mapping[str, float]],  # figures on the validation split
                 ):
         self.run, self.settings, self.module, self.evaluate = run, settings, module, evaluate

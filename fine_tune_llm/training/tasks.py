@@ -87,7 +87,7 @@ def word_batches(model: Model, module: Any, corpus: Corpus, texts: Sequence[str]
                 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # rows [m], their logits [m, K]
     "Score class names behind texts, some texts at a time."
     for i in range(0, len(texts), size):
-        logits = score_label_words(model, module, texts[i:i + size], corpus.labels or (), corpus.template)
+        logits = score_label_words(model, module, texts[i:i + size], corpus.labels, corpus.template)
         yield np.arange(i, i + len(logits)), logits
 
 def measuring(model: Model, module: Any, data: Data | Corpus, settings: Settings) -> Callable[[], dict[str, float]] | None:  # None: nothing to measure on
