@@ -16,7 +16,7 @@ from ..core.errors import TrainingError
 from ..models.loading import Model
 from .arithmetic import Arithmetic, convert_frozen, matmul_precision, plan_arithmetic
 from .loop import EpochOrder, Settings, parameter_groups, training_arguments
-from .packing import assert_packing, pad_rows, pack_rows, share_rows
+from .packing import assert_packing, pack_rows, pad_rows, share_rows
 
 # %% ../../nbs/training/528_causal_loop.ipynb #plan
 @dataclass(frozen=True)
@@ -29,7 +29,10 @@ class CausalPlan:
 
 # %% ../../nbs/training/528_causal_loop.ipynb #plan-causal
 def plan_causal(model: Model, module: Any,  # with its adapter, before its weights change
-                examples: Sequence[Mapping[str, Sequence[int]]], exact: bool) -> CausalPlan:
+                examples: Sequence[Mapping[str, Sequence[int]]],
+                exact: bool = False,  # keep the frozen weights in their format
+                packing: bool = True,  # if it can be done
+               ) -> CausalPlan:
     "Try what makes training fast on this very model."
     from fine_tune_llm.training.supervised_loss import check_supervised_loss
     notes = []
@@ -41,7 +44,7 @@ def plan_causal(model: Model, module: Any,  # with its adapter, before its weigh
         return True
     longest = max(examples, key=lambda row: len(row["input_ids"]))
     selective = works("the head runs on all tokens", check_supervised_loss, module, list(longest["input_ids"]))
-    packed = selective and works("rows are padded, not packed", assert_packing, module, [longest, *examples[:2]])
+    packed = packing and selective and works("rows are padded, not packed", assert_packing, module, [longest, *examples[:2]])
     return CausalPlan(plan_arithmetic(model, exact), packed, selective, tuple(notes))
 
 # %% ../../nbs/training/528_causal_loop.ipynb #batch
@@ -72,15 +75,16 @@ def make_causal_trainer(model: Model,  # from `load_model`
                         settings: Settings,
                         work: Path,  # the trainer's own folder
                         listener: Any,  # a transformers TrainerCallback
+                        plan: CausalPlan | None = None,  # made by `plan_causal` where not given
                        ) -> Any:  # transformers' Trainer, with its `plan`
     "Set up the training loop of a language model."
     from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
-    plan = plan_causal(model, module, examples, getattr(settings, "exact", False))
+    chosen = plan or plan_causal(model, module, examples, getattr(settings, "exact", False), getattr(settings, "packing", True))
     args = training_arguments(model, settings, work, math.ceil(len(examples) / settings.batch_size) * settings.epochs)
     args.bf16 = False  # the weights are in the format of the plan; nothing is cast on the way
     if args.world_size > 1: raise TrainingError("this loop is for one process", fix="start it without a distributed launcher")
-    lengths = [1 if plan.packed else len(row["input_ids"]) for row in examples]
+    lengths = [1 if chosen.packed else len(row["input_ids"]) for row in examples]
     pad_id = model.tokenizer.pad_token_id or 0
     class CausalTrainer(Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -91,7 +95,7 @@ def make_causal_trainer(model: Model,  # from `load_model`
                 self.optimizer = kind(parameter_groups(module, settings), **options)
             return self.optimizer
         def train(self, *args: Any, **kwargs: Any) -> Any:
-            with matmul_precision(plan.arithmetic.matmul): return super().train(*args, **kwargs)
+            with matmul_precision(chosen.arithmetic.matmul): return super().train(*args, **kwargs)
         def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
             return sum(supervised(part) for batch in batch_samples for part in batch["parts"]).to(device)  # type: ignore[union-attr]
         def floating_point_ops(self, inputs: Any) -> int: return 0
@@ -99,12 +103,12 @@ def make_causal_trainer(model: Model,  # from `load_model`
             model.train()
             total: Any = 0.0
             for part in self._prepare_inputs(inputs)["parts"]:
-                loss = part_loss(model, part, plan) / num_items_in_batch.clamp(min=1)
+                loss = part_loss(model, part, chosen) / num_items_in_batch.clamp(min=1)
                 self.accelerator.backward(loss)
                 total = total + loss.detach()
             return total
-    convert_frozen(module, plan.arithmetic.dtype)
-    trainer = CausalTrainer(module, args, train_dataset=list(examples), data_collator=lambda rows: collate(rows, plan, pad_id), callbacks=[listener])
+    convert_frozen(module, chosen.arithmetic.dtype)
+    trainer = CausalTrainer(module, args, train_dataset=list(examples), data_collator=lambda rows: collate(rows, chosen, pad_id), callbacks=[listener])
     trainer.remove_callback(PrinterCallback)
-    trainer.plan = plan
+    trainer.plan = chosen
     return trainer
