@@ -114,9 +114,12 @@ def ours(shape: str, rows: list[Row], folder: str, exact: bool = False, **change
     return module, train
 
 
-def plain(**changes: Any) -> Callable[..., Any]:
+def rung(*parts: str) -> Callable[..., Any]:
     "Take parts of ours away, for the ladder."
-    return lambda *a: ours(*a, **changes)
+    off = {part: False for part in ("selective", "apart", "lean") if part not in parts}
+    if "oneDNN" in parts: return lambda *a: ours(*a, exact=True, **off)
+    from fine_tune_llm.training.arithmetic import Arithmetic
+    return lambda *a: ours(*a, exact=True, arithmetic=Arithmetic("float32", "highest", "for the ladder"), **off)
 
 
 TRL_BEST = dict(bf16_weights=True, packing=True, gradient_checkpointing=False)
@@ -126,7 +129,13 @@ RUNS: dict[str, Callable[..., Any]] = {
     "TRL, packing": lambda *a: trl(*a, packing=True),
     "TRL, packing, bf16 weights, no checkpointing": lambda *a: trl(*a, **TRL_BEST),
     "ours, float32": lambda *a: ours(*a, exact=True),
-    "ours": ours}
+    "ours": ours,
+    "+ packed steps": lambda *a: rung()(*a),
+    "+ loss on supervised tokens": lambda *a: rung("selective")(*a),
+    "+ attention within documents": lambda *a: rung("selective", "apart")(*a),
+    "+ LoRA layers in one go": lambda *a: rung("selective", "apart", "lean")(*a),
+    "+ oneDNN (ours, float32)": lambda *a: rung("selective", "apart", "lean", "oneDNN")(*a),
+    "+ frozen weights in bfloat16 (ours)": ours}
 
 
 def memory() -> tuple[float, float]:  # now and at the peak, GB

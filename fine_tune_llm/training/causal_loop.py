@@ -25,6 +25,8 @@ class CausalPlan:
     arithmetic: Arithmetic
     packed: bool  # rows of a step behind one another, else padded
     selective: bool  # the head on supervised tokens only, else the model's own loss
+    apart: bool  # attention within documents, else on the whole packed row
+    lean: bool  # LoRA layers in one go
     notes: tuple[str, ...]  # why something was not used
 
 # %% ../../nbs/training/528_causal_loop.ipynb #plan-causal
@@ -34,8 +36,9 @@ def plan_causal(model: Model, module: Any,  # with its adapter, before its weigh
                 packing: bool = True,  # if it can be done
                ) -> CausalPlan:
     "Try what makes training fast on this very model."
+    from fine_tune_llm.training.document_attention import check_documents_apart
     from fine_tune_llm.training.supervised_loss import check_supervised_loss
-    notes = []
+    notes: list[str] = []
     def works(name: str, test: Any, *args: Any) -> bool:
         try: test(*args)
         except TrainingError as e:
@@ -45,15 +48,16 @@ def plan_causal(model: Model, module: Any,  # with its adapter, before its weigh
     longest = max(examples, key=lambda row: len(row["input_ids"]))
     selective = works("the head runs on all tokens", check_supervised_loss, module, list(longest["input_ids"]))
     packed = packing and selective and works("rows are padded, not packed", assert_packing, module, [longest, *examples[:2]])
-    return CausalPlan(plan_arithmetic(model, exact), packed, selective, tuple(notes))
+    apart = packed and model.device == "cpu" and works("attention on the whole row", check_documents_apart, module, [longest, *examples[:2]])
+    return CausalPlan(plan_arithmetic(model, exact), packed, selective, apart, model.device == "cpu", tuple(notes))
 
 # %% ../../nbs/training/528_causal_loop.ipynb #batch
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], plan: CausalPlan, pad_id: int,
-            limit: int = 4096,  # tokens in a packed row
+            limit: int = 512,  # tokens in a packed row
            ) -> dict[str, Any]:  # parts: batches as the model takes them
     "Lay out the rows of a step."
     if not plan.packed: return {"parts": [pad_rows(rows, pad_id)]}
-    return {"parts": [pack_rows(part, pad_id) for part in share_rows(rows, limit)]}
+    return {"parts": [pack_rows(part, pad_id, multiple=128) for part in share_rows(rows, limit)]}
 
 # %% ../../nbs/training/528_causal_loop.ipynb #part-loss
 def part_loss(module: Any, part: Mapping[str, Any],  # a batch from `collate`
@@ -80,6 +84,9 @@ def make_causal_trainer(model: Model,  # from `load_model`
     "Set up the training loop of a language model."
     from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
+
+    from fine_tune_llm.training.document_attention import documents_apart
+    from fine_tune_llm.training.lean_adapters import lean_adapters
     chosen = plan or plan_causal(model, module, examples, getattr(settings, "exact", False), getattr(settings, "packing", True))
     args = training_arguments(model, settings, work, math.ceil(len(examples) / settings.batch_size) * settings.epochs)
     args.bf16 = False  # the weights are in the format of the plan; nothing is cast on the way
@@ -102,10 +109,11 @@ def make_causal_trainer(model: Model,  # from `load_model`
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             model.train()
             total: Any = 0.0
-            for part in self._prepare_inputs(inputs)["parts"]:
-                loss = part_loss(model, part, chosen) / num_items_in_batch.clamp(min=1)
-                self.accelerator.backward(loss)
-                total = total + loss.detach()
+            with documents_apart(module, chosen.apart), lean_adapters(module, chosen.lean):
+                for part in self._prepare_inputs(inputs)["parts"]:
+                    loss = part_loss(model, part, chosen) / num_items_in_batch.clamp(min=1)
+                    self.accelerator.backward(loss)
+                    total = total + loss.detach()
             return total
     convert_frozen(module, chosen.arithmetic.dtype)
     trainer = CausalTrainer(module, args, train_dataset=list(examples), data_collator=lambda rows: collate(rows, chosen, pad_id), callbacks=[listener])
