@@ -94,6 +94,7 @@ def make_causal_trainer(model: Model,  # from `load_model`
     lengths = [1 if chosen.packed else len(row["input_ids"]) for row in examples]
     pad_id = model.tokenizer.pad_token_id or 0
     class CausalTrainer(Trainer):
+        plan = chosen
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return EpochOrder(lengths, args.per_device_train_batch_size * args.gradient_accumulation_steps, settings.seed)
         def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,8 +116,9 @@ def make_causal_trainer(model: Model,  # from `load_model`
                     self.accelerator.backward(loss)
                     total = total + loss.detach()
             return total
+    for note in chosen.notes:
+        if hasattr(listener, "run"): listener.run.log("warning", message=note)
     convert_frozen(module, chosen.arithmetic.dtype)
     trainer = CausalTrainer(module, args, train_dataset=list(examples), data_collator=lambda rows: collate(rows, chosen, pad_id), callbacks=[listener])
     trainer.remove_callback(PrinterCallback)
-    trainer.plan = chosen
     return trainer

@@ -46,8 +46,8 @@ class ShortAttention(torch.autograd.Function):
                 scaling: float, window: int | None) -> torch.Tensor:  # [heads, n, d]
         (heads, n, d), groups, size = q.shape, len(k), round_up(q.shape[1], 64)
         q, k, v = (F.pad(x, (0, 0, 0, size - n)) for x in (q, k, v))
-        q = q.reshape(groups, -1, d)
-        scores = torch.bmm(q, k.transpose(1, 2)).view(heads, size, size).mul_(scaling)
+        q = (q * scaling).reshape(groups, -1, d)
+        scores = torch.bmm(q, k.transpose(1, 2)).view(heads, size, size)
         p = torch.softmax(scores.masked_fill_(unseen(size, window).to(q.device), -torch.inf), -1).view(groups, -1, size)
         ctx.save_for_backward(q, k, v, p)
         ctx.scaling = scaling
@@ -58,8 +58,8 @@ class ShortAttention(torch.autograd.Function):
         q, k, v, p = ctx.saved_tensors
         (groups, rows, size), n, d = p.shape, grad.shape[1], grad.shape[2]
         grad = F.pad(grad, (0, 0, 0, size - n)).reshape(groups, rows, d)
-        scores = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype).mul_(ctx.scaling)
-        to_q, to_k, to_v = torch.bmm(scores, k).view(-1, size, d), torch.bmm(scores.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), grad)
+        scores = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype)
+        to_q, to_k, to_v = torch.bmm(scores, k).mul_(ctx.scaling).view(-1, size, d), torch.bmm(scores.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), grad)
         return to_q[:, :n], to_k[:, :n], to_v[:, :n], None, None
 
 # %% ../../nbs/training/506_document_attention.ipynb #document

@@ -34,7 +34,7 @@ class LowRank(torch.autograd.Function):
         source, weight, low_a, low_b, u = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         du = g @ low_b
-        to_a, to_b = (du.T @ source).float(), (g.T @ u).float() * ctx.scaling
+        to_a, to_b = (du.T @ source).float(), (u.T @ g).T.float() * ctx.scaling
         if ctx.drops: return (g @ weight).view(ctx.shape), (du @ low_a).view(ctx.shape), None, None, to_a, to_b, None
         to_x = (g @ weight).addmm_(du, low_a).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return to_x, None, None, None, to_a, to_b, None
