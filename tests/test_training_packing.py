@@ -136,11 +136,12 @@ def test_dealing_keeps_rows_order_and_limit(lengths, limit):
 @settings(max_examples=40, deadline=None)
 @given(lists, st.sampled_from([1, 16, 64]))
 def test_packing_keeps_tokens_targets_and_documents(lengths, multiple):
-    rows = documents(lengths)
+    rows = [dict(r, labels=r["input_ids"]) for r in documents(lengths)]  # the first token is supervised, and has nothing in front of it
     packed = {k: v[0].tolist() for k, v in pack_rows(rows, 0, multiple).items()}
     n = sum(lengths)
     assert packed["input_ids"][:n] == [i for r in rows for i in r["input_ids"]] and len(packed["input_ids"]) % multiple == 0
     assert sum(k != -100 for k in packed["labels"]) == sum(k != -100 for r in rows for k in r["labels"][1:])
+    assert sum(k != -100 for k in packed["labels"]) == n - len(rows)
     found, filling = document_lengths(torch.tensor([packed["position_ids"]]))
     assert found == lengths and filling == len(packed["input_ids"]) - n
 
