@@ -25,17 +25,20 @@ class CausalPlan:
     arithmetic: Arithmetic
     packed: bool  # rows of a step behind one another, else padded
     selective: bool  # the head on supervised tokens only, else the model's own loss
+    apart: bool  # attention within documents, else on the whole packed row
+    lean: bool  # LoRA layers in one go
     notes: tuple[str, ...]  # why something was not used
 
 # %% ../../nbs/training/528_causal_loop.ipynb #plan-causal
 def plan_causal(model: Model, module: Any,  # with its adapter, before its weights change
                 examples: Sequence[Mapping[str, Sequence[int]]],
-                exact: bool,  # keep the number format of the model
-                packing: bool = True,  # lay rows end to end where that is safe
+                exact: bool = False,  # keep the frozen weights in their format
+                packing: bool = True,  # if it can be done
                ) -> CausalPlan:
     "Try what makes training fast on this very model."
+    from fine_tune_llm.training.document_attention import check_documents_apart
     from fine_tune_llm.training.supervised_loss import check_supervised_loss
-    notes = []
+    notes: list[str] = []
     def works(name: str, test: Any, *args: Any) -> bool:
         try: test(*args)
         except TrainingError as e:
@@ -45,14 +48,15 @@ def plan_causal(model: Model, module: Any,  # with its adapter, before its weigh
     longest = max(examples, key=lambda row: len(row["input_ids"]))
     selective = works("the head runs on all tokens", check_supervised_loss, module, list(longest["input_ids"]))
     packed = packing and selective and works("rows are padded, not packed", assert_packing, module, [longest, *examples[:2]])
-    return CausalPlan(plan_arithmetic(model, exact), packed, selective, tuple(notes))
+    apart = packed and model.device == "cpu" and works("attention on the whole row", check_documents_apart, module, [longest, *examples[:2]])
+    return CausalPlan(plan_arithmetic(model, exact), packed, selective, apart, model.device == "cpu", tuple(notes))
 
 # %% ../../nbs/training/528_causal_loop.ipynb #batch
 def collate(rows: Sequence[Mapping[str, Any]], plan: CausalPlan, pad_id: int,
-            limit: int = 4096,  # tokens in a packed row
+            limit: int = 512,  # tokens in a packed row
            ) -> dict[str, Any]:  # parts: batches as the model takes them; rows: numbers of the rows
     "Lay out the rows of a step."
-    parts = [pack_rows(part, pad_id) for part in share_rows(rows, limit)] if plan.packed else [pad_rows(rows, pad_id)]
+    parts = [pack_rows(part, pad_id, multiple=128) for part in share_rows(rows, limit)] if plan.packed else [pad_rows(rows, pad_id)]
     return {"parts": parts, "rows": [row["row"] for row in rows]}
 
 # %% ../../nbs/training/528_causal_loop.ipynb #part-loss
@@ -80,6 +84,9 @@ def make_causal_trainer(model: Model,  # from `load_model`
                        ) -> Any:  # transformers' Trainer, with its `plan`
     "Set up the training loop of a language model."
     from transformers.trainer_callback import PrinterCallback
+
+    from fine_tune_llm.training.document_attention import documents_apart
+    from fine_tune_llm.training.lean_adapters import lean_adapters
     chosen = plan or plan_causal(model, module, examples, settings.exact, settings.packing)
     args = training_arguments(model, settings, work, math.ceil(len(examples) / settings.batch_size) * settings.epochs)
     args.bf16 = False  # the weights are in the format of the plan; nothing is cast on the way
@@ -88,11 +95,15 @@ def make_causal_trainer(model: Model,  # from `load_model`
     ordered: Any = ordered_trainer(lengths, names if len(names) else [*map(str, range(len(examples)))], lambda net, part: part_loss(net, part, chosen),
                                    lambda part: int(supervised(part)), settings)
     class CausalTrainer(ordered):
+        plan = chosen
         def train(self, *args: Any, **kwargs: Any) -> Any:
             with matmul_precision(chosen.arithmetic.matmul): return super().train(*args, **kwargs)
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            with documents_apart(module, chosen.apart), lean_adapters(module, chosen.lean): return super().training_step(*args, **kwargs)
+    for note in chosen.notes:
+        if hasattr(listener, "run"): listener.run.log("warning", message=note)
     convert_frozen(module, chosen.arithmetic.dtype)
     rows, pad_id = [{**row, "row": n} for n, row in enumerate(examples)], model.tokenizer.pad_token_id or 0
     trainer = CausalTrainer(module, args, train_dataset=rows, data_collator=lambda some: collate(some, chosen, pad_id), callbacks=[listener])
     trainer.remove_callback(PrinterCallback)
-    trainer.plan = chosen
     return trainer

@@ -43,7 +43,7 @@ class FrozenHead(torch.autograd.Function):
         for i in range(0, len(hidden), chunk):
             loss, piece = head_piece(hidden[i:i + chunk], weight, bias, targets[i:i + chunk], buffer, factor, cap, grad is not None)
             total += loss
-            if grad is not None: grad[i:i + chunk] = piece
+            if grad is not None and piece is not None: grad[i:i + chunk] = piece
         if grad is not None: ctx.save_for_backward(grad)
         ctx.dtype = hidden.dtype
         return total

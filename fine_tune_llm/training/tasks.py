@@ -123,9 +123,7 @@ def task_trainer(model: Model, module: Any, data: Data | Corpus, settings: Setti
     from fine_tune_llm.training.arithmetic import Arithmetic
     from fine_tune_llm.training.causal_loop import CausalPlan, make_causal_trainer
     known = CausalPlan(**{**plan, "arithmetic": Arithmetic(**plan["arithmetic"]), "notes": ()}) if plan else None
-    trainer = make_causal_trainer(model, module, list(data.train.examples()), settings, work, listener, known, data.names)
-    for note in trainer.plan.notes: listener.run.log("warning", message=note)
-    return trainer
+    return make_causal_trainer(model, module, list(data.train.examples()), settings, work, listener, known, data.names)
 
 def plan_facts(trainer: Any) -> dict[str, Any]:  # plain data; empty for a classifier
     "Write down the plan of a language model's loop."
