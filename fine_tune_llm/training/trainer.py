@@ -185,6 +185,16 @@ def finetune(model: Model,  # from `load_model`
              warmup: float = 0.06,  # share of the steps until the learning rate is at its top
              weight_decay: float = 0.0,
              seed: int = 0,  # of the head, the adapter, the dropout and the order
+             accumulate: int = 1,  # pieces in which the rows of a step pass through the model
+             scheduler: str = "linear",  # how the learning rate moves; a name of transformers
+             scheduler_options: Mapping[str, Any] | None = None,  # of the schedule, such as min_lr
+             loss: str = "cross-entropy",  # of classification
+             loss_options: Mapping[str, Any] | None = None,  # of the loss, such as gamma
+             packing: bool = True,  # lay rows end to end instead of padding them; for language models
+             evaluate_every: int | None = None,  # steps between two evaluations, an epoch where not given
+             best_by: str | None = None,  # measure whose best evaluation becomes the adapter; None: the last step
+             patience: int | None = None,  # evaluations without a better one after which the run ends; None: never
+             target_risk: float = 0.05,  # share of errors among answers that is tolerated, for coverage_at_risk
              out: str | Path | None = None,  # the run folder, runs/DATE-MODEL where not given
              resume: str | Path | None = None,  # a run folder to go on with
              accept: Collection[str] = (),  # names in the fingerprint that may differ on resume
@@ -193,7 +203,8 @@ def finetune(model: Model,  # from `load_model`
              sections: Mapping[str, Any] | None = None,  # more sections for the config.yaml of the run
             ) -> TrainingRun:
     "Tune a LoRA adapter on the training split."
-    settings = Settings(dict(lora or {"r": 16}), epochs, learning_rate, head_learning_rate, batch_size, max_length, warmup, weight_decay, seed)
+    settings = Settings(dict(lora or {"r": 16}), epochs, learning_rate, head_learning_rate, batch_size, max_length, warmup, weight_decay, seed,
+                        accumulate, scheduler, dict(scheduler_options or {}), loss, dict(loss_options or {}), packing, evaluate_every, best_by, patience, target_risk)
     run = open_run(model, data, settings, out, resume, accept, sections or {})
     if run.state == "finished": reopen_finished(run)
     elif background:
