@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from ..core.errors import TrainingError
 from ..core.runs import Run
-from .checkpoints import prune_checkpoints, seal_checkpoint, writing
+from .checkpoints import prune_checkpoints, seal_checkpoint
 from .commands import LIVE, Moment, answer, settings_made, stop
 from .processes import gather, world
 
@@ -52,11 +52,10 @@ class Listener(TrainerCallback):
     "Write what happens into a run folder, and do what it is told there."
     def __init__(self, run: Run, facts: dict[str, Any],  # rows, device, dtype: what run_started should say
                  interrupted: threading.Event,  # set by `interruptible`
-                 evaluate: Callable[[], dict[str, float]] | None = None,  # figures on the validation split
-                 progress: Callable[[int, int, str], None] | None = None,  # gets step, total and a note
-                 evaluate_every: int | None = None):  # steps between two evaluations, an epoch where not given
+                 evaluate: Callable[[], dict[str, float]] | None = None,  # figures on the validation split, when a command asks for them
+                 progress: Callable[[int, int, str], None] | None = None):  # gets step, total and a note
         self.run, self.facts, self.interrupted, self.evaluate, self.progress = run, facts, interrupted, evaluate, progress
-        self.live, self.again = {"evaluate_every": evaluate_every} if evaluate_every else {}, []  # type: dict[str, int], list[tuple[int, dict[str, Any]]]
+        self.live, self.again = {}, []  # type: dict[str, int], list[tuple[int, dict[str, Any]]]
         self.stopped, self.paused, self.began, self.first, self.waited = False, False, 0.0, 0, 0.0
         self.idle = threading.Event()  # never set: to wait on
 
@@ -67,7 +66,6 @@ class Listener(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         between_steps(self, state, control, kwargs)
-        if (every := self.live.get("evaluate_every")) and state.global_step % every == 0 and not self.stopped: self.measure(state)
         if self.progress: self.progress(state.global_step, state.max_steps, "")
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -76,13 +74,6 @@ class Listener(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         save_step(self, args, state.global_step)
         if self.paused: between_steps(self, state, control, kwargs)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.stopped and not self.live.get("evaluate_every"): self.measure(state)
-
-    def measure(self, state: Any) -> None:
-        "Write down the figures on the validation split."
-        if self.evaluate: self.run.log("evaluated", step=state.global_step, epoch=state.epoch, **self.evaluate())
 
 # %% ../../nbs/training/520_control.ipynb #take-up
 def take_up(listener: Listener, args: Any, state: Any) -> None:
@@ -137,7 +128,7 @@ def save_step(listener: Listener, args: Any, step: int) -> None:
     draft, place = Path(args.output_dir) / f"checkpoint-{step}", listener.run.path / "checkpoints" / f"step-{step:06}"
     gather("written")
     if world()[0] == 0:
-        with writing(draft, place.parent): seal_checkpoint(draft, place)
+        seal_checkpoint(draft, place)
         prune_checkpoints(place.parent, keep=2)
     gather("sealed")
     listener.run.log("checkpoint_saved", step=step, path=f"checkpoints/{place.name}")
