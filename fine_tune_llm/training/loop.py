@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'epoch_order', 'EpochOrder', 'refuse_unknown', 'schedule_options', 'Settings', 'check_settings',
-           'parameter_groups', 'training_arguments', 'refuse_broken', 'ordered_trainer', 'make_trainer']
+           'parameter_groups', 'training_arguments', 'refuse_broken', 'ordered_trainer', 'torch_zero', 'class_rows',
+           'class_collate', 'make_trainer']
 
 # %% ../../nbs/training/526_loop.ipynb #imports
 import math
@@ -20,6 +21,8 @@ import numpy as np
 from ..core.errors import TrainingError
 from ..models.adapters import lora_config
 from ..models.loading import Model
+from .class_losses import class_loss
+from .processes import mean_count, world
 
 # %% ../../nbs/training/526_loop.ipynb #order
 def epoch_order(lengths: Sequence[int],  # tokens of each row
@@ -80,9 +83,10 @@ class Settings:
     accumulate: int = 1  # pieces in which the rows of a step pass through the model
     scheduler: str = "linear"  # how the learning rate moves; a name of transformers
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)  # of the schedule, such as min_lr
-    loss: str = "cross-entropy"  # of classification
+    loss: str = "cross-entropy"  # of classification: a name from the notebook of losses
     loss_options: Mapping[str, Any] = field(default_factory=dict)  # of the loss, such as gamma
     packing: bool = True  # lay rows end to end instead of padding them; for language models
+    exact: bool = False  # keep the number format of the model; False: the fastest that the processor has; for language models
     evaluate_every: int | None = None  # steps between two evaluations, an epoch where not given
     best_by: str | None = None  # one of MEASURES: its best evaluation becomes the adapter; None: the last step
     patience: int | None = None  # evaluations without a better one after which the run ends; None: never
@@ -106,6 +110,8 @@ def check_settings(s: Settings) -> None:
     for option in s.scheduler_options: refuse_unknown(f"option of the scheduler {s.scheduler!r}", option, schedules[s.scheduler])
     if s.best_by is not None: refuse_unknown("measure for best_by", s.best_by, MEASURES)
     if s.patience and s.best_by is None: raise TrainingError("patience without a measure", fix="say what must get better: best_by='nll'")
+    class_loss(s.loss, **s.loss_options)
+    if s.loss == "mmce" and s.accumulate > 1: raise TrainingError("the loss 'mmce' compares the rows of a step and cannot be split", fix="use accumulate=1")
     lora_config(s.lora)
 
 # %% ../../nbs/training/526_loop.ipynb #groups
@@ -128,7 +134,7 @@ def training_arguments(model: Model, settings: Settings, work: Path,  # the trai
     "Translate settings for the Trainer."
     from transformers import TrainingArguments
     return TrainingArguments(
-        output_dir=str(work), num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size // settings.accumulate,
+        output_dir=str(work), num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size // settings.accumulate // world()[1],
         gradient_accumulation_steps=settings.accumulate, learning_rate=settings.learning_rate, lr_scheduler_type=settings.scheduler,
         lr_scheduler_kwargs=dict(settings.scheduler_options), warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay, seed=settings.seed, data_seed=settings.seed, use_cpu=model.device == "cpu",
@@ -149,28 +155,33 @@ def refuse_broken(value: Any,  # a loss, or the norm of a gradient; a tensor or 
                         fix="look at these rows, or resume from the last checkpoint with a lower learning_rate")
 
 # %% ../../nbs/training/526_loop.ipynb #ordered-trainer
-def ordered_trainer(lengths: Sequence[int],  # tokens of each row
+def ordered_trainer(lengths: Sequence[int],  # tokens of each row, for batches of like length
                     names: Sequence[str],  # id of each row
-                    loss: Callable[[Any, dict[str, Any]], Any],  # of a module and a batch, summed over its items
-                    items: Callable[[dict[str, Any]], int],  # how many rows or tokens a batch is averaged over
-                    settings: Settings) -> type:  # of transformers' Trainer
+                    loss: Callable[[Any, dict[str, Any]], Any],  # of a module and a part of a batch, summed over its items
+                    items: Callable[[dict[str, Any]], int],  # rows or tokens in a part: what the loss is a mean over
+                    settings: Settings) -> type:  # of transformers' Trainer; a batch is {"rows": numbers, "parts": [inputs, ...]}
     "Make a Trainer that keeps our order, averages over whole steps and stops at what is not finite."
     from transformers import Trainer
     class OrderedTrainer(Trainer):
-        loss_is_scaled_for_ga, seen = True, list[str]()
+        seen: tuple[str, ...] = ()  # ids of the rows in this step
         def _get_train_sampler(self, train_dataset: Any = None) -> Any: return EpochOrder(lengths, settings.batch_size, settings.seed)
         def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> int:
-            self.seen = [names[i] for b in batch_samples for i in b["rows"]]
-            return sum(map(items, batch_samples))
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            rows = [names[i] for i in inputs.pop("rows")]
-            value = loss(model, inputs) / num_items_in_batch
-            refuse_broken(value.detach(), "loss", self.state.global_step + 1, rows)
-            return value
+            self.seen = tuple(names[i] for b in batch_samples for i in b["rows"])
+            return max(1, mean_count(sum(items(part) for b in batch_samples for part in b["parts"])))
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            model.train()
+            rows, total = [names[i] for i in inputs.pop("rows")], torch_zero(self.args.device)
+            for part in self._prepare_inputs(inputs)["parts"]:
+                with self.compute_loss_context_manager(): value = loss(model, part) / num_items_in_batch
+                refuse_broken(value.detach(), "loss", self.state.global_step + 1, rows)
+                self.accelerator.backward(value)
+                total = total + value.detach()
+            return total
         def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)
             if norm is not None: refuse_broken(norm, "norm of the gradient", self.state.global_step + 1, self.seen)
             return norm
+        def floating_point_ops(self, inputs: Any) -> int: return 0  # nobody asks
         def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
             if self.optimizer is None:
                 kind, options = self.get_optimizer_cls_and_kwargs(self.args)
@@ -178,24 +189,38 @@ def ordered_trainer(lengths: Sequence[int],  # tokens of each row
             return self.optimizer
     return OrderedTrainer
 
+# %% ../../nbs/training/526_loop.ipynb #zero
+def torch_zero(device: Any) -> Any:  # a float32 scalar there
+    "Start a sum."
+    import torch
+    return torch.zeros((), device=device)
+
+# %% ../../nbs/training/526_loop.ipynb #collate
+def class_rows(ids: Sequence[list[int]], y: np.ndarray) -> list[dict[str, Any]]:  # with input_ids, labels and the number of the row
+    "Lay out the rows of a classifier."
+    return [{"input_ids": i, "labels": int(k), "row": n} for n, (i, k) in enumerate(zip(ids, y))]
+
+def class_collate(batch: Sequence[Mapping[str, Any]],  # of `class_rows`
+                  pad: Callable[[list[dict[str, Any]]], Any],  # transformers' DataCollatorWithPadding
+                 ) -> dict[str, Any]:  # one part, and the numbers of its rows
+    "Pad rows to one length."
+    return {"parts": [pad([{k: r[k] for k in ("input_ids", "labels")} for r in batch])], "rows": [r["row"] for r in batch]}
+
 # %% ../../nbs/training/526_loop.ipynb #trainer
 def make_trainer(model: Model, module: Any, ids: list[list[int]], y: np.ndarray, settings: Settings, work: Path, listener: Any,
                  names: Sequence[str] = (),  # id of each row, for errors; its number where not given
                 ) -> Any:  # transformers' Trainer
     "Set up the training loop of a classifier."
-    from torch.nn.functional import cross_entropy
     from transformers import DataCollatorWithPadding
     from transformers.trainer_callback import PrinterCallback
-    def loss(net: Any, batch: dict[str, Any]) -> Any:
-        labels = batch.pop("labels")
-        return cross_entropy(net(**batch).logits.float(), labels, reduction="sum")
-    pad, rows = DataCollatorWithPadding(model.tokenizer), [{"input_ids": i, "labels": int(k), "rows": n} for n, (i, k) in enumerate(zip(ids, y))]
-    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**pad([{k: v for k, v in r.items() if k != "rows"} for r in batch]), "rows": [r["rows"] for r in batch]}
+    price, pad = class_loss(settings.loss, **settings.loss_options), DataCollatorWithPadding(model.tokenizer)
+    def loss(net: Any, part: dict[str, Any]) -> Any:
+        return price(net(**{k: v for k, v in part.items() if k != "labels"}).logits, part["labels"]).sum()
     for p in module.parameters():
         if p.requires_grad: p.data = p.data.float()
-    kind = ordered_trainer([len(i) for i in ids], names if len(names) else [*map(str, range(len(ids)))], loss, lambda b: len(b["labels"]), settings)
-    steps = math.ceil(len(rows) / settings.batch_size) * settings.epochs
-    trainer = kind(module, training_arguments(model, settings, work, steps), train_dataset=rows, data_collator=collate, callbacks=[listener])
+    kind = ordered_trainer([len(i) for i in ids], names if len(names) else [*map(str, range(len(ids)))], loss, lambda part: len(part["labels"]), settings)
+    steps = math.ceil(len(ids) / settings.batch_size) * settings.epochs
+    trainer = kind(module, training_arguments(model, settings, work, steps), train_dataset=class_rows(ids, y),
+                   data_collator=lambda batch: class_collate(batch, pad), callbacks=[listener])
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_fingerprint', 'TrainingRun', 'trained_module', 'predict_split', 'train_run', 'finish_run', 'validation_figures',
-           'checkpoint_to_resume', 'open_run', 'fresh_folder', 'reopen_finished', 'progress_bar', 'finetune']
+           'checkpoint_to_resume', 'written_fingerprint', 'open_run', 'fresh_folder', 'reopen_finished', 'progress_bar',
+           'finetune']
 
 # %% ../../nbs/training/530_trainer.ipynb #imports
 import math
@@ -28,6 +29,8 @@ from ..models.scoring import encode, longest_input, score_texts
 from .checkpoints import last_checkpoint
 from .fingerprint import digest, flatten, library_versions, refuse_differences
 from .loop import Settings, make_trainer
+from .processes import connect, gather, world
+from .sitting import close_run, note_failure, sitting, take_over
 from ..uncertainty.metrics import accuracy, ece, nll
 from ..uncertainty.predictions import Predictions
 
@@ -41,7 +44,7 @@ def run_fingerprint(model: Model, data: Data, settings: Settings) -> dict[str, s
                     "model": {"weights": weights_fingerprint(model), "tokenizer": digest([words]), "dtype": model.dtype,
                               "quantize": model.quantize or "none", "device": model.device},
                     "settings": {**asdict(settings), "max_length": longest_input(model, settings.max_length)},
-                    "threads": torch.get_num_threads(), "versions": library_versions()})
+                    "threads": torch.get_num_threads(), "processes": world()[1], "versions": library_versions()})
 
 # %% ../../nbs/training/530_trainer.ipynb #run
 @dataclass(frozen=True, repr=False, eq=False)
@@ -57,6 +60,11 @@ class TrainingRun(Run):
         if thread := self.box.get("thread"): thread.join(timeout)
         if error := self.box.get("error"): raise error
         return self.state
+
+    def log(self, event: str, **values: Any) -> None:
+        "Write an event, in the first of several processes."
+        if world()[0] == 0: super().log(event, **values)
+    def close(self) -> None: close_run(self, self.box)  # stop training, and free the model
 
     def predict(self, split: Split) -> Predictions: return predict_split(self, split)
     def score(self, texts: Sequence[str]) -> np.ndarray:  # logits, shape [n, K]
@@ -79,17 +87,17 @@ def predict_split(run: TrainingRun, split: Split) -> Predictions:
                         seen={"training": frozenset(run.data.train.ids)})  # type: ignore[union-attr]
     folder = run.path / "predictions"
     folder.mkdir(exist_ok=True)
-    preds.save(folder / f"{split.name}.parquet")
+    if world()[0] == 0: preds.save(folder / f"{split.name}.parquet")
     return preds
 
 # %% ../../nbs/training/530_trainer.ipynb #job
 def train_run(run: TrainingRun, resume: bool, progress: Callable[[int, int, str], None] | None) -> None:
     "Train, and write down how it went."
-    from fine_tune_llm.training.control import Listener, interruptible
+    from fine_tune_llm.training.control import Listener
     model, data, settings, flag = run.model, run.data, run.settings, threading.Event()
     assert model and data
     try:
-        with interruptible(flag), quiet():
+        with sitting(run, flag), quiet():
             module = add_adapter(build_classifier(model, data.labels, settings.seed), settings.lora, settings.seed)
             ids, cut = encode(model, data.train.texts, settings.max_length)
             if cut: run.log("warning", message=f"{cut} of {len(ids)} training texts are longer than {max(map(len, ids))} tokens and lose their end")
@@ -97,10 +105,8 @@ def train_run(run: TrainingRun, resume: bool, progress: Callable[[int, int, str]
                                 lambda: validation_figures(run, module), progress)
             trainer = make_trainer(model, module, ids, data.train.y, settings, run.path / "checkpoints" / ".work", listener)  # type: ignore[arg-type]
             trainer.train(resume_from_checkpoint=checkpoint_to_resume(run) if resume else None)
-        finish_run(run, module, trainer.state, listener)
-    except BaseException as e:
-        run.box["error"] = e
-        run.log("run_failed", error=f"{type(e).__name__}: {e}"[:500])
+            finish_run(run, module, trainer.state, listener)
+    except BaseException as e: note_failure(run, run.box, e)
 
 # %% ../../nbs/training/530_trainer.ipynb #finish
 def finish_run(run: TrainingRun, module: Any, state: Any, listener: Any) -> None:
@@ -109,7 +115,9 @@ def finish_run(run: TrainingRun, module: Any, state: Any, listener: Any) -> None
     if listener.stopped and state.global_step < state.max_steps:
         run.log("run_stopped", step=state.global_step, checkpoint=f"checkpoints/step-{state.global_step:06}")
     else:
-        with quiet(): module.save_pretrained(run.path / "adapter")
+        if world()[0] == 0:
+            with quiet(): module.save_pretrained(run.path / "adapter")
+        gather("saved")
         (run.path / "adapter" / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
         run.log("run_finished", step=state.global_step, seconds=time.monotonic() - listener.began)
 
@@ -124,21 +132,31 @@ def validation_figures(run: TrainingRun, module: Any) -> dict[str, float]:  # ac
             "ece_null": error.null if error.null is not None else math.nan}
 
 # %% ../../nbs/training/530_trainer.ipynb #resume-point
-def checkpoint_to_resume(run: Run) -> str:  # the folder of the newest good checkpoint
+def checkpoint_to_resume(run: Run) -> str | None:  # the folder of the newest good checkpoint, None if none was written yet
     "Find where to go on, and say which checkpoints were skipped."
     place, skipped = last_checkpoint(run.path / "checkpoints")
     for line in skipped: run.log("warning", message=f"checkpoint skipped: {line}")
-    if place is None: raise TrainingError("no good checkpoint to resume from", where=str(run.path), fix="start a new run")
-    return str(place)
+    if place is None and skipped: raise TrainingError(f"no good checkpoint to resume from: {'; '.join(skipped)}", where=str(run.path), fix="start a new run")
+    if place is None: run.log("warning", message="no checkpoint was written yet: the run starts again")
+    return str(place) if place else None
 
 # %% ../../nbs/training/530_trainer.ipynb #open
+def written_fingerprint(run: Run) -> dict[str, str]:  # dotted name -> value
+    "Read what decided the result of a run so far."
+    try: return run.read_json("fingerprint.json")
+    except (OSError, ValueError): raise TrainingError("the run never began: it has no fingerprint.json", where=str(run.path), fix="start it anew with out=") from None
+
 def open_run(model: Model, data: Data, settings: Settings, out: str | Path | None, resume: str | Path | None,
              accept: Collection[str], sections: Mapping[str, Any]) -> TrainingRun:
     "Start a run folder, or take up one that matches."
     now = run_fingerprint(model, data, settings)
+    connect(cpu=model.device == "cpu")
+    if world()[0]:  # the first process opens the folder, and says which
+        return TrainingRun(Path(gather(None)[0]), model, data, settings)
     if resume is not None:
         run = TrainingRun.attach(resume)
-        accepted = refuse_differences(run.read_json("fingerprint.json"), now, accept)
+        take_over(run)
+        accepted = refuse_differences(written_fingerprint(run), now, accept)
         for line in accepted: run.log("warning", message=f"accepted on resume: {line}")
     else:
         run = TrainingRun.create(out or fresh_folder(model))
@@ -146,7 +164,7 @@ def open_run(model: Model, data: Data, settings: Settings, out: str | Path | Non
                      "training": {**asdict(settings), "lora": dict(settings.lora)}}, sort_keys=False))
         save_ledger(data, run.path)
     run.write_json("fingerprint.json", now)
-    return TrainingRun(run.path, model, data, settings)
+    return TrainingRun(Path(gather(str(run.path))[0]), model, data, settings)
 
 # %% ../../nbs/training/530_trainer.ipynb #fresh
 def fresh_folder(model: Model) -> Path:  # runs/DATE-NAME, with a number where that is taken
