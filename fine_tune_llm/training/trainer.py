@@ -222,7 +222,8 @@ def finetune(model: Model,  # from `load_model`
             ) -> TrainingRun:
     "Tune a LoRA adapter on the training split."
     settings = Settings(dict(lora or {"r": 16}), epochs, learning_rate, head_learning_rate, batch_size, max_length, warmup, weight_decay, seed,
-                        accumulate, scheduler, dict(scheduler_options or {}), loss, dict(loss_options or {}), packing, evaluate_every, best_by, patience, target_risk)
+                        accumulate, scheduler, dict(scheduler_options or {}), loss, dict(loss_options or {}), packing,
+                        evaluate_every=evaluate_every, best_by=best_by, patience=patience, target_risk=target_risk)
     run = open_run(model, data, settings, out, resume, accept, sections or {})
     if run.state == "finished": reopen_finished(run)
     elif background:
