@@ -28,6 +28,7 @@ class Moment:
     save: bool = False  # write a checkpoint after this step
     figures: Mapping[str, float] | None = None  # of an evaluation that was asked for
     live: dict[str, int] = field(default_factory=dict)  # values of LIVE that were set
+    judged: bool = True  # a measure decides which evaluation is the best
 
 # %% ../../nbs/training/515_commands.ipynb #flags
 def stop(now: Moment) -> None:
@@ -81,6 +82,7 @@ def set_values(now: Moment, **values: float) -> dict[str, float]:  # what the an
                             fix=f"what can: learning_rate, times, {', '.join(LIVE)}")
     if wrong := [k for k, v in values.items() if type(v) is not int or v < 1]:
         raise TrainingError(f"{wrong[0]} must be a whole number above 0, got {values[wrong[0]]!r}")
+    if "patience" in values and not now.judged: raise TrainingError("patience has no meaning here", fix="start a run with best_by")
     done = set_rate(now, **rates) if rates or not values else {}
     now.live |= {k: int(v) for k, v in values.items()}
     return {**done, **values}

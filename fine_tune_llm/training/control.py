@@ -39,7 +39,7 @@ class Listener(TrainerCallback):
                  progress: Callable[[int, int, str], None] | None = None):  # gets step, total and a note
         self.run, self.facts, self.interrupted, self.evaluate, self.progress = run, facts, interrupted, evaluate, progress
         self.live, self.again = {}, []  # type: dict[str, int], list[tuple[int, dict[str, Any]]]
-        self.stopped, self.paused, self.began, self.first, self.waited = False, False, 0.0, 0, 0.0
+        self.stopped, self.paused, self.began, self.first, self.waited, self.judged = False, False, 0.0, 0, 0.0, False
         self.idle = threading.Event()  # never set: to wait on
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -76,7 +76,8 @@ def heard(listener: Listener) -> tuple[list[dict[str, Any]], bool]:  # commands 
 # %% ../../nbs/training/520_control.ipynb #commands
 def between_steps(listener: Listener, state: Any, control: Any, kwargs: dict[str, Any]) -> None:
     "Do what was asked since the last step, and wait if that was a pause."
-    now = Moment(state.global_step, kwargs.get("optimizer"), kwargs.get("lr_scheduler"), listener.evaluate, listener.stopped, listener.paused, live=listener.live)
+    now = Moment(state.global_step, kwargs.get("optimizer"), kwargs.get("lr_scheduler"), listener.evaluate, listener.stopped, listener.paused,
+                 live=listener.live, judged=listener.judged)
     began = time.monotonic()
     answer(listener.run, now, [c for step, c in listener.again if step == state.global_step], again=True)
     listener.again = [(step, c) for step, c in listener.again if step > state.global_step]
