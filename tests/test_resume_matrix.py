@@ -11,7 +11,7 @@ from fine_tune_llm.core.runs import Run
 BASE = dict(lora=dict(r=4, lora_dropout=0.1), epochs=2, learning_rate=5e-3, batch_size=4, warmup=0.1)  # 45 rows: 12 steps an epoch, 24 in all, saved every 3
 MATRIX = {
     "LoRA dropout": {}, "accumulation": dict(accumulate=2), "DoRA": dict(lora=dict(r=4, lora_dropout=0.1, use_dora=True)),
-    "QLoRA NF4": dict(load=dict(quantize="nf4")), "mid-epoch": dict(kill=(4, 9)), "after evaluation": dict(kill=(13, 16), evaluate_every=3),
+    "QLoRA NF4": dict(load=dict(quantize="nf4"), kill=(13, 22)), "mid-epoch": dict(kill=(4, 9)), "after evaluation": dict(kill=(13, 16), evaluate_every=3),
     "warm-up": dict(warmup=0.5, kill=(2, 8)), "packing": dict(task="label-words", packing=True), "best by nll": dict(evaluate_every=2, best_by="nll"),
     "cosine": dict(scheduler="cosine"), "bfloat16": dict(load=dict(dtype="bfloat16")),
 }
@@ -58,7 +58,7 @@ REFUSED = {  # what is changed, and how the refusal names it
     "data": (dict(rows=t.weather(9)), "splits: "), "order": (dict(rows=t.weather()[::-1]), "train_order: "),
     "learning rate": (dict(learning_rate=1e-3), "settings.learning_rate: 0.005 -> 0.001"), "accumulation": (dict(accumulate=2), "settings.accumulate: 1 -> 2"),
     "seed": (dict(seed=1), "settings.seed: 0 -> 1"), "lora_alpha": (dict(lora=dict(r=4, lora_dropout=0.1, lora_alpha=64)), "settings.lora.lora_alpha: absent -> 64"),
-    "rank": (dict(lora=dict(r=8, lora_dropout=0.1)), "settings.lora.r: 4 -> 8"), "batch size": (dict(batch_size=8), "settings.batch_size: 4 -> 8"),
+    "the measure": (dict(evaluate_every=2, best_by="nll"), "settings.best_by: None -> nll"), "rank": (dict(lora=dict(r=8, lora_dropout=0.1)), "settings.lora.r: 4 -> 8"), "batch size": (dict(batch_size=8), "settings.batch_size: 4 -> 8"),
     "epochs": (dict(epochs=3), "settings.epochs: 2 -> 3"), "quantization": (dict(load=dict(quantize="nf4")), "model.quantize: none -> nf4"),
 }
 
@@ -71,6 +71,16 @@ def test_a_changed_run_is_refused_by_name(base: str, stopped: Path, what: str) -
                      **{k: v for k, v in change.items() if k in ("rows", "load")})
     assert "cannot go on as it began" in error and REFUSED[what][1] in error and (stopped / "events.jsonl").read_bytes() == before
     Path(f"{stopped}.error").unlink()
+
+
+@pytest.mark.slow
+def test_another_template_is_refused(base: str, tmp_path: Path) -> None:
+    out, words = tmp_path / "words", dict(task="label-words")
+    process = t.start(base, str(out), {**BASE, "lora": dict(r=4)}, **words)
+    t.until(process, lambda: t.steps(out) >= 3)
+    t.kill(process)
+    error = t.finish(base, str(out), {**BASE, "lora": dict(r=4), "template": "text"}, resume=True, **words)
+    assert "cannot go on as it began" in error and "data.template: " in error
 
 
 def test_other_weights_are_refused(stopped: Path, tmp_path: Path) -> None:
