@@ -27,9 +27,9 @@ def launched(folder: Path, n: int, *args: object, hook: str = "") -> str:
     script.write_text(SCRIPT)
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     many = ["-m", "accelerate.commands.launch", "--num_processes", str(n), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-            "--main_process_port", "0", "--cpu"] if n > 1 else []
+            "--main_process_port", "0", "--multi_gpu"] if n > 1 else []
     done = subprocess.run([sys.executable, *many, str(script), json.dumps(args), *([hook] if hook else [])], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
+                          env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 

@@ -20,7 +20,8 @@ def seize(handle: int,  # an open file
           shared: bool = False,  # beside others who share it
          ) -> bool | None:  # whether we have it; None where there are no such locks
     "Try to lock an open file, without waiting."
-    try: import fcntl
+    try:
+        import fcntl
     except ImportError: return None
     try: fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError: return False
