@@ -6,7 +6,6 @@
 __all__ = ['last_lines', 'LaunchedRun', 'launch_command', 'prepare_folder', 'launch']
 
 # %% ../../nbs/training/540_launch.ipynb #imports
-import os
 import subprocess
 import sys
 import time
@@ -16,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from ..core.config import Config, load_config
-from ..core.errors import TrainingError
+from ..core.config import Config, complaints, load_config
+from ..core.errors import ConfigurationError, TrainingError
 from ..core.runs import Run, write_atomic
 from .processes import alone
 
 # %% ../../nbs/training/540_launch.ipynb #tail
 def last_lines(file: Path, n: int = 8) -> str:
-    "Read the end of a log."
+    "Read the error at the end of a log, or its last lines."
     lines = file.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines() if file.exists() else []
-    return "\n".join([line for line in lines if line.strip()][-n:])
+    kept = [line for line in lines if line.strip()]
+    errors = [i for i, line in enumerate(kept) if line.startswith("error: ")]
+    return "\n".join(kept[errors[-1]:] if errors else kept[-n:])
 
 # %% ../../nbs/training/540_launch.ipynb #launched
 @dataclass(frozen=True, repr=False, eq=False)
@@ -68,10 +70,11 @@ def launch(config: Config | Mapping[str, Any] | str | Path,  # a configuration, 
            accept: Collection[str] = (),  # names in the fingerprint that may differ on resume
           ) -> LaunchedRun:
     "Start a training in a process of its own, and return at once."
-    settings = load_config(config) if isinstance(config, str | Path) else Config.model_validate(config)
+    try: settings = load_config(config) if isinstance(config, str | Path) else Config.model_validate(config)
+    except ValidationError as e: raise ConfigurationError(complaints(e)) from None
     place = Path(resume or out or settings.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")).resolve()
     prepare_folder(settings, place, resume is not None)
     with open(place / "process.log", "ab") as log:
         process = subprocess.Popen(launch_command(place, resume is not None, accept), stdin=subprocess.DEVNULL, stdout=log,
-                                   stderr=subprocess.STDOUT, env=alone(), start_new_session=True)
+                                   stderr=subprocess.STDOUT, env=alone() | {"TQDM_DISABLE": "1"}, start_new_session=True)
     return LaunchedRun(place, process)
