@@ -18,7 +18,7 @@ import trainings as t
 base, out, options, resume = json.loads(sys.argv[1])
 t.train(base, out, options, resume=resume, rows=t.weather(9), hook=sys.argv[2] if len(sys.argv) > 2 else "")
 """
-OPTIONS = dict(lora=dict(r=4, lora_dropout=0.0), epochs=2, learning_rate=5e-3, batch_size=4)  # 36 rows: 9 steps an epoch, each of 4 rows
+OPTIONS = dict(lora=dict(r=4, lora_dropout=0.0), epochs=2, learning_rate=5e-4, batch_size=4)  # 36 rows: 9 steps an epoch, each of 4 rows
 
 
 def launched(folder: Path, n: int, *args: object, hook: str = "") -> str:
