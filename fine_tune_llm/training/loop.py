@@ -23,6 +23,7 @@ from ..models.adapters import lora_config
 from ..models.loading import Model
 from .class_losses import class_loss
 from .evaluation import MEASURES
+from .processes import mean_count, world
 
 # %% ../../nbs/training/526_loop.ipynb #order
 def epoch_order(lengths: Sequence[int],  # tokens of each row
@@ -132,7 +133,7 @@ def training_arguments(model: Model, settings: Settings, work: Path,  # the trai
     "Translate settings for the Trainer."
     from transformers import TrainingArguments
     return TrainingArguments(
-        output_dir=str(work), num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size // settings.accumulate,
+        output_dir=str(work), num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size // settings.accumulate // world()[1],
         gradient_accumulation_steps=settings.accumulate, learning_rate=settings.learning_rate, lr_scheduler_type=settings.scheduler,
         lr_scheduler_kwargs=dict(settings.scheduler_options), warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay, seed=settings.seed, data_seed=settings.seed, use_cpu=model.device == "cpu",
@@ -165,7 +166,7 @@ def ordered_trainer(lengths: Sequence[int],  # tokens of each row, for batches o
         def _get_train_sampler(self, train_dataset: Any = None) -> Any: return EpochOrder(lengths, settings.batch_size, settings.seed)
         def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> int:
             self.seen = tuple(names[i] for b in batch_samples for i in b["rows"])
-            return max(1, sum(items(part) for b in batch_samples for part in b["parts"]))
+            return max(1, mean_count(sum(items(part) for b in batch_samples for part in b["parts"])))
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             model.train()
             rows, total = [names[i] for i in inputs.pop("rows")], torch_zero(self.args.device)

@@ -59,17 +59,20 @@ class Referee(TrainerCallback):
     def __init__(self, run: Run, settings: Any,  # the dials of the run, `Settings` of the loop
                  module: Any,  # a torch module that trains
                  evaluate: Callable[[], Mapping[str, float]],  # figures on the validation split
+                 live: Mapping[str, int] | None = None,  # what was set since the run began: evaluate_every, patience
                 ):
         self.run, self.settings, self.module, self.evaluate = run, settings, module, evaluate
+        self.live: Mapping[str, int] = {} if live is None else live
         self.standing = Standing(settings.best_by) if settings.best_by else None
         self.weights: dict[str, Any] = {}
 
     @property
     def over(self) -> bool:  # patience has run out
-        return bool(self.settings.patience and self.standing and self.standing.waited >= self.settings.patience)
+        patience = self.live.get("patience", self.settings.patience)
+        return bool(patience and self.standing and self.standing.waited >= patience)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        every = self.settings.evaluate_every or max(1, state.max_steps // int(args.num_train_epochs))
+        every = self.live.get("evaluate_every", self.settings.evaluate_every) or max(1, state.max_steps // int(args.num_train_epochs))
         if state.global_step % every and state.global_step < state.max_steps: return
         look(self, state.global_step, state.epoch)
         if self.over: control.should_training_stop = True

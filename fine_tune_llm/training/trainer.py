@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_fingerprint', 'TrainingRun', 'trained_module', 'predict_split', 'train_run', 'train_module', 'run_plan',
-           'finish_run', 'checkpoint_to_resume', 'open_run', 'run_sections', 'fresh_folder', 'reopen_finished',
-           'progress_bar', 'finetune']
+           'finish_run', 'checkpoint_to_resume', 'written_fingerprint', 'open_run', 'run_sections', 'fresh_folder',
+           'reopen_finished', 'progress_bar', 'finetune']
 
 # %% ../../nbs/training/530_trainer.ipynb #imports
 import threading
@@ -28,6 +28,8 @@ from .checkpoints import last_checkpoint
 from .corpus import Corpus
 from .fingerprint import digest, flatten, library_versions, refuse_differences
 from .loop import Settings
+from .processes import connect, gather, world
+from .sitting import close_run, note_failure, sitting, steady, take_over
 from fine_tune_llm.training.tasks import (
     base_module,
     check_task,
@@ -52,7 +54,7 @@ def run_fingerprint(model: Model, data: Data | Corpus, settings: Settings) -> di
                     "model": {"task": model.task, "weights": weights_fingerprint(model), "tokenizer": digest([words]), "dtype": model.dtype,
                               "quantize": model.quantize or "none", "device": model.device},
                     "settings": {**asdict(settings), "max_length": longest_text(model, settings)},
-                    "threads": torch.get_num_threads(), "versions": library_versions()})
+                    "threads": torch.get_num_threads(), "processes": world()[1], "versions": library_versions()})
 
 # %% ../../nbs/training/530_trainer.ipynb #run
 @dataclass(frozen=True, repr=False, eq=False)
@@ -68,6 +70,11 @@ class TrainingRun(Run):
         if thread := self.box.get("thread"): thread.join(timeout)
         if error := self.box.get("error"): raise error
         return self.state
+
+    def log(self, event: str, **values: Any) -> None:
+        "Write an event, in the first of several processes."
+        if world()[0] == 0: super().log(event, **values)
+    def close(self) -> None: close_run(self, self.box)  # stop training, and free the model
 
     def predict(self, split: Split) -> Predictions: return predict_split(self, split)
     def score(self, texts: Sequence[str]) -> np.ndarray:  # logits, shape [n, K]
@@ -91,41 +98,38 @@ def predict_split(run: TrainingRun, split: Split) -> Predictions:
                         seen={"training": frozenset(splits.train.ids)})  # type: ignore[union-attr]
     folder = run.path / "predictions"
     folder.mkdir(exist_ok=True)
-    preds.save(folder / f"{split.name}.parquet")
+    if world()[0] == 0: preds.save(folder / f"{split.name}.parquet")
     return preds
 
 # %% ../../nbs/training/530_trainer.ipynb #job
 def train_run(run: TrainingRun, resume: bool, progress: Callable[[int, int, str], None] | None) -> None:
     "Train, and write down how it went."
-    from fine_tune_llm.training.control import interruptible
     flag = threading.Event()
     try:
-        with interruptible(flag), quiet(): module, trainer, listener, referee = train_module(run, resume, progress, flag)
-        finish_run(run, module, trainer.state, listener, referee)
-    except BaseException as e:
-        run.box["error"] = e
-        run.log("run_failed", error=f"{type(e).__name__}: {e}"[:500])
+        with sitting(run, flag), quiet(): finish_run(run, *train_module(run, resume, progress, flag))
+    except BaseException as e: note_failure(run, run.box, e)
 
 # %% ../../nbs/training/530_trainer.ipynb #train-module
 def train_module(run: TrainingRun, resume: bool, progress: Callable[[int, int, str], None] | None,
                  flag: threading.Event,  # set by an interrupt
-                ) -> tuple[Any, Any, Any, Any]:  # module, trainer, listener, referee
+                ) -> tuple[Any, Any, Any, Any]:  # module, transformers' TrainerState, listener, referee
     "Build what a task needs, and train it to its end or to a stop."
     from fine_tune_llm.training.control import Listener
     from fine_tune_llm.training.stopping import Referee, load_standing
     model, data, settings = run.model, run.data, run.settings
     assert model and data
-    module = add_adapter(base_module(model, data, settings), settings.lora, settings.seed)
+    module = steady(add_adapter(base_module(model, data, settings), settings.lora, settings.seed))
     place, measure = checkpoint_to_resume(run) if resume else None, measuring(model, module, data, settings)
     listener = Listener(run, dict(rows=len(data.train), task=model.task, device=model.device, dtype=model.dtype, **describe(module)), flag, measure, progress)
     trainer = task_trainer(model, module, data, settings, run.path / "checkpoints" / ".work", listener, run_plan(run))
     if plan := plan_facts(trainer): run.write_json("plan.json", plan)
     listener.facts |= {k: v for k, v in plan.items() if k != "notes"}
-    referee = Referee(run, settings, module, measure or dict)
+    referee = Referee(run, settings, module, measure or dict, listener.live)
+    listener.judged = bool(settings.best_by)
     if measure: trainer.callback_handler.callbacks.insert(0, referee)  # before the listener, which seals what the referee writes
     if place: load_standing(referee, Path(place))
     if not referee.over: trainer.train(resume_from_checkpoint=place)
-    return module, trainer, listener, referee
+    return module, trainer.state, listener, referee
 
 def run_plan(run: Run) -> dict[str, Any] | None:  # None for a classifier, and before the first start
     "Read how a language model was trained so far."
@@ -140,33 +144,44 @@ def finish_run(run: TrainingRun, module: Any, state: Any, listener: Any, referee
         run.log("run_stopped", step=state.global_step, checkpoint=f"checkpoints/step-{state.global_step:06}")
     else:
         put_weights(module, referee.weights)
-        with quiet(): module.save_pretrained(run.path / "adapter")
+        if world()[0] == 0: module.save_pretrained(run.path / "adapter")
+        gather("saved")
         (run.path / "adapter" / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
         run.log("run_finished", step=state.global_step, seconds=time.monotonic() - listener.began, **ending(referee))
 
 # %% ../../nbs/training/530_trainer.ipynb #resume-point
-def checkpoint_to_resume(run: Run) -> str:  # the folder of the newest good checkpoint
+def checkpoint_to_resume(run: Run) -> str | None:  # the folder of the newest good checkpoint, None if none was written yet
     "Find where to go on, and say which checkpoints were skipped."
     place, skipped = last_checkpoint(run.path / "checkpoints")
     for line in skipped: run.log("warning", message=f"checkpoint skipped: {line}")
-    if place is None: raise TrainingError("no good checkpoint to resume from", where=str(run.path), fix="start a new run")
-    return str(place)
+    if place is None and skipped: raise TrainingError(f"no good checkpoint to resume from: {'; '.join(skipped)}", where=str(run.path), fix="start a new run")
+    if place is None: run.log("warning", message="no checkpoint was written yet: the run starts again")
+    return str(place) if place else None
 
 # %% ../../nbs/training/530_trainer.ipynb #open
+def written_fingerprint(run: Run) -> dict[str, str]:  # dotted name -> value
+    "Read what decided the result of a run so far."
+    try: return run.read_json("fingerprint.json")
+    except (OSError, ValueError): raise TrainingError("the run never began: it has no fingerprint.json", where=str(run.path), fix="start it anew with out=") from None
+
 def open_run(model: Model, data: Data | Corpus, settings: Settings, out: str | Path | None, resume: str | Path | None,
              accept: Collection[str], sections: Mapping[str, Any]) -> TrainingRun:
     "Start a run folder, or take up one that matches."
     now = run_fingerprint(model, data, settings)
+    connect(cpu=model.device == "cpu")
+    if world()[0]:  # the first process opens the folder, and says which
+        return TrainingRun(Path(gather(None)[0]), model, data, settings)
     if resume is not None:
         run = TrainingRun.attach(resume)
-        accepted = refuse_differences(run.read_json("fingerprint.json"), now, accept)
+        take_over(run)
+        accepted = refuse_differences(written_fingerprint(run), now, accept)
         for line in accepted: run.log("warning", message=f"accepted on resume: {line}")
     else:
         run = TrainingRun.create(out or fresh_folder(model))
         write_atomic(run.path / "config.yaml", yaml.safe_dump({**sections, **run_sections(model, data, settings)}, sort_keys=False))
         if splits := data.data if isinstance(data, Corpus) else data: save_ledger(splits, run.path)
     run.write_json("fingerprint.json", now)
-    return TrainingRun(run.path, model, data, settings)
+    return TrainingRun(Path(gather(str(run.path))[0]), model, data, settings)
 
 def run_sections(model: Model, data: Data | Corpus, settings: Settings) -> dict[str, Any]:  # plain data
     "Write down a model and its settings as sections of a configuration."
