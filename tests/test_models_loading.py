@@ -140,6 +140,7 @@ def test_a_device_that_is_not_there() -> None:
 
 def test_checkpointing_changes_no_gradient() -> None:
     import torch
+
     from fine_tune_llm.models.adapters import add_adapter
     grads = []
     for way in (True, False):

@@ -12,10 +12,10 @@ from fine_tune_llm.models.devices import weight_bytes
 from fine_tune_llm.models.loading import load_model, quantization
 from fine_tune_llm.models.presets import PRESETS, answer_end
 
-H, I, KV, V, L, R = 64, 96, 32, 96, 2, 4  # hidden, inner, key and value, vocabulary, blocks, rank
-SIZES: dict[str, Any] = dict(vocab_size=V, hidden_size=H, intermediate_size=I, num_hidden_layers=L, num_attention_heads=4,
+H, INNER, KV, V, L, R = 64, 96, 32, 96, 2, 4  # hidden, inner, key and value, vocabulary, blocks, rank
+SIZES: dict[str, Any] = dict(vocab_size=V, hidden_size=H, intermediate_size=INNER, num_hidden_layers=L, num_attention_heads=4,
                              num_key_value_heads=2, max_position_embeddings=64)
-LLAMA_LIKE = 2 * (H + H) + 2 * (H + KV) + 3 * (H + I)  # d_in + d_out of q, o; of k, v; of gate, up, down
+LLAMA_LIKE = 2 * (H + H) + 2 * (H + KV) + 3 * (H + INNER)  # d_in + d_out of q, o; of k, v; of gate, up, down
 ATTENTION = 2 * (H + H) + 2 * (H + KV)
 FAMILIES: dict[str, tuple[dict[str, Any], int]] = {  # model_type -> (fields of its config, d_in + d_out over all targets)
     "qwen2": ({}, L * LLAMA_LIKE),
@@ -24,8 +24,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {  # model_type -> (fields of 
     "mistral": ({}, L * LLAMA_LIKE),
     "gemma2": (dict(head_dim=16), L * LLAMA_LIKE),
     "gemma3_text": (dict(head_dim=16), L * LLAMA_LIKE),
-    "phi": ({}, L * (2 * (H + H) + 2 * (H + KV) + 2 * (H + I))),  # q, dense; k, v; fc1, fc2
-    "phi3": (dict(pad_token_id=0), L * ((H + H + 2 * KV) + (H + H) + (H + 2 * I) + (I + H))),  # qkv; o; gate and up; down
+    "phi": ({}, L * (2 * (H + H) + 2 * (H + KV) + 2 * (H + INNER))),  # q, dense; k, v; fc1, fc2
+    "phi3": (dict(pad_token_id=0), L * ((H + H + 2 * KV) + (H + H) + (H + 2 * INNER) + (INNER + H))),  # qkv; o; gate and up; down
     "glm4_moe": (dict(head_dim=16, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
                       first_k_dense_replace=1, n_group=1, topk_group=1), L * ATTENTION),  # the experts, the router, and the dense and the shared layers are left alone
 }
@@ -103,6 +103,7 @@ def saved(family: str, folder: Path) -> Path:
 @pytest.mark.parametrize("bits", ["nf4", "int8"])
 def test_qlora_trains_on_a_processor(family: str, bits: str, tmp_path: Path) -> None:
     import torch
+
     from fine_tune_llm.models.loading import build_causal
     net = build_causal(load_model(saved(family, tmp_path), task="sft", quantize=bits, device="cpu"))
     kinds = {type(m).__name__ for m in net.modules()}
@@ -120,6 +121,7 @@ def test_qlora_trains_on_a_processor(family: str, bits: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("bits", ["nf4", "int8"])
 def test_an_evaluation_leaves_the_gradient_alone(bits: str, tmp_path: Path) -> None:
     import torch
+
     from fine_tune_llm.models.loading import build_causal
     net = add_adapter(build_causal(load_model(saved("llama", tmp_path), task="sft", quantize=bits, device="cpu")), dict(r=R, lora_dropout=0.0))
     ids = torch.arange(24).reshape(2, 12)

@@ -37,7 +37,7 @@ def measure(job: str, *args: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's high water mark is read on Linux")
-@pytest.mark.parametrize("args", [("100", "32", ""), ("200", "16", ""), ("60", "16", "nf4")])
+@pytest.mark.parametrize("args", [("200", "16", ""), ("60", "16", "nf4")])
 def test_the_memory_of_a_run_is_predicted(args: tuple[str, str, str]) -> None:
     told, happened = measure("predict", *args), measure("run", *args)
     assert told["steps"] == happened["steps"]

@@ -125,7 +125,7 @@ def weight_bytes(kind: Any,  # one of transformers' AutoModel classes
     plain = {id(p): p for p in [*net.parameters(), *net.buffers()]}  # a tied weight once
     width = torch.finfo(getattr(torch, dtype)).bits // 8
     rest = sum(p.numel() for key, p in plain.items() if key not in {id(p) for p in packed})
-    return round(sum(linear_bytes(*p.shape, quantize) for p in packed if quantize) + rest * width)  # type: ignore[call-arg]
+    return round(sum([linear_bytes(p.shape[0], p.shape[1], str(quantize)) for p in packed], 0.0) + rest * width)
 
 # %% ../../nbs/models/396_devices.ipynb #room
 def refuse_too_large(name: str,  # of the model
