@@ -167,6 +167,7 @@ def file_layers(path: str | Path,  # a YAML file
 # %% ../../nbs/core/006_layers.ipynb #nest
 def nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
     "Put a value below a row of keys."
+    if len(keys) > 50: raise ConfigurationError(f"{len(keys)} names in a row name no setting", where=redact(".".join(keys[:3])) + "...", fix="write section.name=value")
     return {keys[0]: nest(keys[1:], value) if len(keys) > 1 else value}
 
 def variable_layers(environ: Mapping[str, str],  # the environment

@@ -71,7 +71,7 @@ def launch(config: Config | Mapping[str, Any] | str | Path,  # a configuration, 
           ) -> LaunchedRun:
     "Start a training in a process of its own, and return at once."
     try: settings = load_config(config) if isinstance(config, str | Path) else Config.model_validate(config)
-    except ValidationError as e: raise ConfigurationError(complaints(e)) from None
+    except ValidationError as e: raise ConfigurationError("; ".join(complaints(e))) from None
     place = Path(resume or out or settings.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")).resolve()
     prepare_folder(settings, place, resume is not None)
     with open(place / "process.log", "ab") as log:
