@@ -17,7 +17,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from .config_cli import add_config_commands
+from .config_cli import Changes, Env, Json, add_config_commands
+from .model_cli import DryRun, add_model_commands, chosen_config, dry_run
 from ..core.errors import FineTuneLLMError
 
 # %% ../../nbs/apps/720_cli.ipynb #app
@@ -25,6 +26,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
                   help="Fine-tune a language model, and know when to trust it.",
                   epilog="Exit codes: 0 done, 1 an error or a finding, 2 wrong arguments, 3 not enough evidence, 130 stopped.")
 add_config_commands(app)
+add_model_commands(app)
 
 def main() -> None:
     "Run the command line; what a person can mend ends in one line."
@@ -68,16 +70,15 @@ def demo(out: Annotated[Optional[str], typer.Option(help="Run folder; runs/DATE-
 # %% ../../nbs/apps/720_cli.ipynb #run
 @app.command()
 def run(config: Annotated[Optional[Path], typer.Argument(help="A YAML file; not needed with --resume.")] = None,
+        changes: Changes = None, env: Env = None,
         out: Annotated[Optional[str], typer.Option(help="Run folder, instead of the one in the file.")] = None,
         resume: Annotated[Optional[Path], typer.Option(help="A run folder to go on with.")] = None,
-        accept: Annotated[Optional[list[str]], typer.Option(help="A value that may differ on resume; may be repeated.")] = None) -> None:
+        accept: Annotated[Optional[list[str]], typer.Option(help="A value that may differ on resume; may be repeated.")] = None,
+        dry: DryRun = False, as_json: Json = False) -> None:
     "Run the whole path from a configuration file."
-    from fine_tune_llm.core.config import load_config
-    from fine_tune_llm.core.errors import ConfigurationError
-    if config is None and resume is None:
-        raise ConfigurationError("no configuration", fix="pass a YAML file, or --resume RUN")
-    settings = load_config(config or Path(resume or "") / "config.yaml")
-    run_and_show(settings.model_copy(update={"out": out or settings.out}), resume, accept or ())
+    settings = chosen_config(config, resume, changes, env, out)
+    if dry: return dry_run(settings, as_json)
+    run_and_show(settings, resume, accept or ())
 
 # %% ../../nbs/apps/720_cli.ipynb #data
 @app.command()

@@ -46,10 +46,12 @@ class DataSection(Section):
 class ModelSection(Section):
     "Which model to tune, and where it runs."
     name: str = "pocket"  # "pocket", a folder or a hub id
-    task: Literal["classification", "label-words"] = "classification"  # a head, or class names as answers
+    task: Literal["classification", "label-words", "sft"] = "classification"  # a head, class names as answers, or free answers
     quantize: Literal["nf4", "int8"] | None = None
     device: str | None = None  # chosen where not given
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # chosen where not given
+    attention: str | None = None  # "sdpa", "eager", ...; chosen where not given
+    checkpointing: bool | Literal["auto"] = False  # compute activations twice and keep fewer
 
 class TrainingSection(Section):
     "How to tune it."

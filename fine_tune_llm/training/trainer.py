@@ -186,7 +186,7 @@ def open_run(model: Model, data: Data | Corpus, settings: Settings, out: str | P
 def run_sections(model: Model, data: Data | Corpus, settings: Settings) -> dict[str, Any]:  # plain data
     "Write down a model and its settings as sections of a configuration."
     dials = {k: dict(v) if isinstance(v, Mapping) else v for k, v in asdict(settings).items()}
-    return {"model": {k: getattr(model, k) for k in ("name", "task", "quantize", "device", "dtype")},
+    return {"model": {k: getattr(model, k) for k in ("name", "task", "quantize", "device", "dtype", "attention", "checkpointing")},
             "training": {**dials, "template": data.template.name if isinstance(data, Corpus) else None}}
 
 # %% ../../nbs/training/530_trainer.ipynb #fresh
