@@ -127,7 +127,7 @@ def test_train_alone_and_resume_nothing(home, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hidden,layers,rows,length,checkpointing", [(768, 8, 16, 128, False), (512, 12, 32, 96, True)])
+@pytest.mark.parametrize("hidden,layers,rows,length,checkpointing", [(768, 8, 16, 128, False), (512, 6, 24, 112, False)])
 def test_predicted_memory_is_measured(tmp_path, hidden, layers, rows, length, checkpointing):
     "A random network of some size, planned and then trained in a process of its own, whose peak the system reports."
     import torch

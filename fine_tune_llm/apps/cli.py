@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'main', 'last_words', 'run_and_show', 'demo', 'run', 'data', 'audit', 'verify', 'chunks', 'predict', 'watch',
-           'control']
+           'ask', 'control']
 
 # %% ../../nbs/apps/720_cli.ipynb #imports
 import json
@@ -34,7 +34,7 @@ def main() -> None:
     try: app()
     except (FineTuneLLMError, OSError, KeyboardInterrupt) as e:
         line, code = last_words(e)
-        typer.echo(line, err=True)
+        typer.echo("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in line), err=True)  # a file cannot move the cursor
         sys.exit(code)
 
 def last_words(error: BaseException) -> tuple[str, int]:  # a line, and the exit code
@@ -171,18 +171,29 @@ def watch(run: Annotated[Path, typer.Argument(help="A run folder.")],
     typer.echo(f"\r{handle.status}" if line else str(handle.status))
 
 # %% ../../nbs/apps/720_cli.ipynb #control
+def ask(handle: Any,  # a Run
+        command: str, values: dict[str, float], config: Path | None) -> str | None:  # the id of the command; None: nothing to ask for
+    "Leave a command, or what a changed file amounts to."
+    if command != "reload": return handle.command(command, **values)
+    from fine_tune_llm.core.errors import ConfigurationError
+    from fine_tune_llm.training.reloading import reload_from
+    if config is None: raise ConfigurationError("no file to reload", fix="pass --config run.yaml")
+    return reload_from(handle, config)
+
 @app.command()
 def control(run: Annotated[Path, typer.Argument(help="A run folder.")],
-            command: Annotated[str, typer.Argument(help="pause, resume, stop, evaluate, checkpoint or set.")],
+            command: Annotated[str, typer.Argument(help="pause, resume, stop, evaluate, checkpoint, set or reload.")],
             learning_rate: Annotated[Optional[float], typer.Option(help="For set: of the adapter, from the next step on.")] = None,
             times: Annotated[Optional[float], typer.Option(help="For set: this many times the present rate.")] = None,
+            config: Annotated[Optional[Path], typer.Option(help="For reload: the configuration file that has changed.")] = None,
             wait: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 60) -> None:
     "Pause, resume, stop or steer a run that trains elsewhere."
     from fine_tune_llm.core.errors import RunError
     from fine_tune_llm.core.runs import ENDS, Run, wait_for_answer
     handle = Run.attach(run)
     if handle.state in ENDS.values(): raise RunError(f"the run is {handle.state}; nothing can be asked of it", str(run))
-    asked = handle.command(command, **{k: v for k, v in (("learning_rate", learning_rate), ("times", times)) if v is not None})
+    asked = ask(handle, command, {k: v for k, v in (("learning_rate", learning_rate), ("times", times)) if v is not None}, config)
+    if asked is None: return typer.echo("nothing has changed")
     answer = wait_for_answer(handle, asked, wait)
     if answer is None: raise RunError(f"no answer to {command!r} within {wait:g} s; it stays requested", str(run), "look whether the trainer lives: watch")
     if answer["event"] == "command_refused": raise RunError(f"{command} was refused: {answer['reason']}", str(run))

@@ -21,6 +21,7 @@ from ..core.runs import Run
 from .checkpoints import prune_checkpoints, seal_checkpoint
 from .commands import LIVE, Moment, answer, settings_made, stop
 from .processes import gather, world
+from .reloading import LiveFile
 
 # %% ../../nbs/training/520_control.ipynb #eta
 def seconds_left(elapsed: float,  # seconds since this process began to train
@@ -41,6 +42,7 @@ class Listener(TrainerCallback):
         self.live, self.again = {}, []  # type: dict[str, int], list[tuple[int, dict[str, Any]]]
         self.stopped, self.paused, self.began, self.first, self.waited, self.judged = False, False, 0.0, 0, 0.0, False
         self.idle = threading.Event()  # never set: to wait on
+        self.file = LiveFile(run)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began, self.first = time.monotonic(), state.global_step
@@ -48,6 +50,7 @@ class Listener(TrainerCallback):
         self.run.log("run_started", total_steps=state.max_steps, epochs=args.num_train_epochs, step=state.global_step, **self.facts)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if world()[0] == 0: self.file.look()
         between_steps(self, state, control, kwargs)
         if self.progress: self.progress(state.global_step, state.max_steps, "")
 
