@@ -50,9 +50,9 @@ def test_a_thousand_mutated_files(tmp_path, cuts):
 
 def test_bytes_that_are_no_text(tmp_path):
     noise = random.Random(0)
-    for n in range(200):
+    for _ in range(200):
         raw = bytearray(WHOLE.encode())
-        for _ in range(3): raw[noise.randrange(len(raw))] = noise.randrange(256)
+        for _i in range(3): raw[noise.randrange(len(raw))] = noise.randrange(256)
         try: load(tmp_path, bytes(raw))
         except ConfigurationError: pass
     with pytest.raises(ConfigurationError, match="too many"): load(tmp_path, "#" * 1_000_001)

@@ -1,4 +1,4 @@
-"""A changed file reaches a run that is under way within two steps, through the same commands as everything else, and survives a resume."""
+"""A changed file reaches a run that is under way within two steps, through the same commands as everything else."""
 import threading
 import time
 
@@ -8,7 +8,6 @@ from fine_tune_llm.core.runs import Run
 from fine_tune_llm.data.loading import load_data
 from fine_tune_llm.models.loading import load_model
 from fine_tune_llm.training.trainer import finetune
-
 
 def rows() -> list[dict[str, str]]:
     return [{"text": f"{a} and {b}", "label": "ab"[i % 2]} for i, a in enumerate(["rain", "sun", "wind", "snow"] * 3) for b in "one two three four five six".split()]

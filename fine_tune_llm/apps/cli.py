@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from .config_cli import Changes, Env, Json, add_config_commands
-from .model_cli import DryRun, add_model_commands, chosen_config, dry_run
+from .model_cli import DryRun, add_model_commands, chosen_config, dry_run, tell
 from ..core.errors import FineTuneLLMError
 
 # %% ../../nbs/apps/720_cli.ipynb #app
@@ -157,18 +158,29 @@ def predict(bundle: Annotated[Path, typer.Argument(help="A folder that holds a b
 # %% ../../nbs/apps/720_cli.ipynb #watch
 @app.command()
 def watch(run: Annotated[Path, typer.Argument(help="A run folder.")],
-          once: Annotated[bool, typer.Option("--once", help="Print the state and leave.")] = False) -> None:
-    "Follow a run that trains elsewhere."
+          once: Annotated[bool, typer.Option("--once", help="Print the state and leave; exit code 1 if there are alerts.")] = False,
+          webhook: Annotated[Optional[str], typer.Option(help="Address that gets each alert as JSON.")] = None,
+          as_json: Json = False) -> None:
+    "Follow a run that trains elsewhere, and tell of what deserves an alert."
     import time
 
+    from fine_tune_llm.core.alerts import Alert, tell_alerts
     from fine_tune_llm.core.runs import ENDS, Run
     handle, line = Run.attach(run), ""
+    told: list[Alert] = []
+    def look() -> None:
+        before = len(told)
+        told[:] = tell_alerts(handle, told, webhook or (lambda alert: None))
+        for alert in told[before:]: typer.echo(f"alert: {alert}", err=True)
     while not once and handle.state not in ENDS.values():
+        look()
         now = str(handle.status)
-        if now != line: typer.echo(f"\r{now:<{len(line)}}", nl=False)
+        if now != line and not as_json: typer.echo(f"\r{now:<{len(line)}}", nl=False)
         line = now
         time.sleep(0.5)
-    typer.echo(f"\r{handle.status}" if line else str(handle.status))
+    look()
+    tell(f"\r{handle.status}" if line else handle.status, {**asdict(handle.status), "alerts": [asdict(a) for a in told]}, as_json)
+    if once and told: raise typer.Exit(1)
 
 # %% ../../nbs/apps/720_cli.ipynb #control
 def ask(handle: Any,  # a Run

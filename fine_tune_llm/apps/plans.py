@@ -9,7 +9,6 @@ __all__ = ['HEAP', 'Machine', 'this_machine', 'described_machine', 'Need', 'empt
 
 # %% ../../nbs/apps/712_plans.ipynb #imports
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
