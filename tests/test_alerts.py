@@ -7,10 +7,19 @@ from pathlib import Path
 import pytest
 from scipy.stats import binom
 
-from fine_tune_llm.core.alerts import RULES, calibration_drift, check_alerts, disk_full, divergence, low_coverage, no_heartbeat, tail, tell_alerts
+from fine_tune_llm.core.alerts import (
+    RULES,
+    calibration_drift,
+    check_alerts,
+    disk_full,
+    divergence,
+    low_coverage,
+    no_heartbeat,
+    tail,
+    tell_alerts,
+)
 from fine_tune_llm.core.locks import occupied
 from fine_tune_llm.core.runs import Run
-
 
 def run_with(folder: Path, *events: tuple[str, dict]) -> Run:
     run = Run.create(folder / "run")

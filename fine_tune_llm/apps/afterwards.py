@@ -84,8 +84,8 @@ def saved_system(path: str | Path) -> tuple[Predictions, dict[str, Any]]:  # pre
     if not path.is_dir(): return Predictions.load(path), {}
     preds, trust = Predictions.load(path / "predictions" / "test.parquet"), path / "trust"
     if (trust / "calibrator.json").is_file(): preds = load_calibrator(trust / "calibrator.json")(preds)
-    parts = {"sets": (ConformalClassifier, "conformal.json"), "policies": (DecisionPolicy, "policy.json")}
-    return preds, {k: kind.load(trust / name) for k, (kind, name) in parts.items() if (trust / name).is_file()}
+    parts: dict[str, tuple[Any, str]] = {"sets": (ConformalClassifier.load, "conformal.json"), "policies": (DecisionPolicy.load, "policy.json")}
+    return preds, {k: read(trust / name) for k, (read, name) in parts.items() if (trust / name).is_file()}
 
 def compare_saved(paths: Sequence[str | Path],  # run folders or Parquet files, the baseline first
                   groups: Sequence[str] = (),  # columns
@@ -96,8 +96,8 @@ def compare_saved(paths: Sequence[str | Path],  # run folders or Parquet files, 
     names = names if len(set(names)) == len(names) else [str(p) for p in paths]
     if len(set(names)) < 2 or len(set(names)) < len(names): raise ConfigurationError(f"{len(set(names))} different systems to compare", fix="name at least two, each once")
     systems = {name: saved_system(p) for name, p in zip(names, paths)}
-    return compare({n: s for n, (s, _) in systems.items()}, **{k: {n: more[k] for n, (_, more) in systems.items() if k in more} for k in ("sets", "policies")},
-                   groups=list(groups), metrics=list(metrics) if metrics else None)
+    def of(k: str) -> dict[str, Any]: return {n: more[k] for n, (_, more) in systems.items() if k in more}
+    return compare({n: s for n, (s, _) in systems.items()}, of("sets"), of("policies"), groups=list(groups), metrics=list(metrics) if metrics else None)
 
 # %% ../../nbs/apps/714_afterwards.ipynb #merge
 def probe_of(path: Path,  # a run folder
@@ -121,6 +121,7 @@ def merge_saved(path: str | Path,  # a finished run folder
                 dtype: str | None = None,  # of the file; None: that of the model
                ) -> MergeCertificate:
     "Merge the adapter of a finished run into its base model."
+    if dtype not in (None, "float32", "bfloat16", "float16"): raise ConfigurationError(f"no dtype {dtype!r}", fix="pass float32, bfloat16 or float16")
     run = TrainingRun.attach(path)
     config, trust = load_config(run.path / "config.yaml", environ={}), run.path / "trust"
     if run.state != "finished": raise InferenceError(f"the run is {run.state}", where=str(path), fix=f"go on with: fine-tune-llm run --resume {path}")

@@ -188,7 +188,7 @@ def planned_lengths(config: Config, model: Model) -> tuple[dict[str, int], int, 
     t = config.training
     if model.task == "sft":
         corpus = sft_data(config.data.path, model, t.template, 0.1, t.max_length, t.seed)
-        return {name: int(truth.table["kept"].sum()) for name, truth in corpus.parts.items()}, 0, [len(e.input_ids) for e in corpus.train.examples()]
+        return {name: int(truth.table["kept"].sum()) for name, truth in corpus.parts.items()}, 0, [len(e["input_ids"]) for e in corpus.train.examples()]
     data: Data = configured_data(config)
     ids = encode(model, data.train.texts, t.max_length)[0]
     return {s.name: len(s) for s in (data.train, data.validation, data.calibration, data.test)}, len(data.labels), [len(i) for i in ids]
@@ -200,7 +200,7 @@ def file_lengths(model: Model,
                  template: str | None = None,  # how a row becomes text, for task "sft"
                 ) -> tuple[list[int], int]:  # tokens of each row, classes
     "Measure the rows of a file as a model will read them."
-    if model.task == "sft": return [len(e.input_ids) for e in sft_data(source, model, template, 0).train.examples()], 0
+    if model.task == "sft": return [len(e["input_ids"]) for e in sft_data(source, model, template, 0).train.examples()], 0
     rows, text, label = sourced(source, text, label, (), {})
     frame = fields(rows, text, label, (), None, "train")
     return [len(i) for i in encode(model, list(frame["text"]))[0]], frame["label"].nunique()
