@@ -13,7 +13,7 @@ from typing import Any
 
 from ..core.config import Config, build_config, diff, load_config
 from ..core.errors import ConfigurationError
-from ..core.layers import Layer, file_layers, leaves, merge
+from ..core.layers import file_layers, leaves, merge
 from ..core.migrations import migrate
 from ..core.runs import Run
 from .commands import LIVE
