@@ -1,6 +1,7 @@
 "The dossier: whatever is altered is named, whatever is missing stays open, and no text of the trail acts."
 import json
 import os
+import re
 import shutil
 from datetime import date, timedelta
 
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fine_tune_llm.audit.card import evidence_map, model_card
+from fine_tune_llm.audit.card import BANK, dossier_page, evidence_map, model_card
 from fine_tune_llm.audit.dossier import Dossier, sound_events
 from fine_tune_llm.audit.evidence import REQUIREMENTS, standing
 from fine_tune_llm.audit.report import audit, differences
@@ -250,7 +251,7 @@ def test_the_map_is_missing_what_is_not_there(tmp_path, signed):
     empty = evidence_map(Dossier.create(tmp_path, "Routes letters of patients", owner="Ada"), DAY)
     assert set(empty["state"][empty["shown by"] != "trail"]) == {"missing"}
     full = evidence_map(Dossier.attach(signed[0]), DAY)
-    assert set(full["framework"]) == {"EU AI Act, Annex IV", "NIST AI RMF 1.0", "SR 11-7"}
+    assert set(full["framework"]) == {"EU AI Act, Annex IV", "NIST AI RMF 1.0", BANK}
     assert set(full["state"][full["shown by"] == "nothing here"]) == {"missing"} and (full["state"] == "linked").sum() >= 10
 
 
@@ -265,3 +266,19 @@ def test_a_report_verifies_itself(tmp_path):
     first = report.summary[0]
     moved = replace(report, summary=(replace(first, estimate=replace(first.estimate, value=0.0)), *report.summary[1:]))
     assert "does not hold its estimate" in moved.verify()[0]
+
+
+def test_the_page_of_a_dossier_is_offline_inert_and_bounded(signed, tmp_path):
+    "A long trail and a long text do not make a large page; no text acts; whatever is altered stands on it."
+    folder, head = signed
+    page = dossier_page(Dossier.attach(folder), DAY)
+    assert "complete" in page and head[:12] in page and "reviewer: Grace" in page and "a pilot of ten users" in page
+    assert not re.search(r"<script|src=|href=|url\(|@import", page)
+    d = Dossier.create(tmp_path / "long", "Decides about loans " + "<script>alert(1)</script>" * 3000, owner="<img src=x onerror=alert(1)>")
+    for i in range(300): d.waive("robustness", f"wait {i} <b onclick=x> " + "word " * 300, expires="2026-05-31", by="Ada \u202e")
+    page = dossier_page(d, DAY)
+    assert len(page.encode()) < 1_000_000 and "200 of 301" in page and "wait 299" in page and "wait 99 " not in page
+    assert "<script" not in page and "<img" not in page and "<b onclick" not in page and "\u202e" not in page
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy/notes.md").write_text("Nobody labelled them.")
+    assert "notes.md: changed" in dossier_page(Dossier.attach(tmp_path / "copy"), DAY) and "trust nothing below" in dossier_page(Dossier.attach(tmp_path / "copy"), DAY)

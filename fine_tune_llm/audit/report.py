@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'verdicts_of', 'worst', 'headline', 'limits_of', 'provenance_of', 'AuditReport', 'report_frame',
-           'contradictions', 'differences', 'text_report', 'summary_html', 'sections', 'html_report', 'write_report',
-           'same_rows', 'calibration_part', 'predicted', 'named_groups', 'compared_groups', 'notes_of', 'audit']
+           'open_audit_panel', 'contradictions', 'differences', 'text_report', 'summary_html', 'sections',
+           'html_report', 'write_report', 'same_rows', 'calibration_part', 'predicted', 'named_groups',
+           'compared_groups', 'notes_of', 'audit']
 
 # %% ../../nbs/audit/240_report.ipynb #imports
 import hashlib
@@ -15,14 +16,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..core.errors import ConfigurationError, DataError
+from ..core.errors import AuditError, ConfigurationError, DataError
 from ..core.figures import chip, num, page, styled
 from ..core.runs import plain
 from ..uncertainty.calibration import load_json, save_json
@@ -160,6 +161,7 @@ class AuditReport:
               ) -> tuple[str, ...]:  # what is wrong, in words; empty if nothing is
         "Name each verdict that does not follow from its numbers, and whatever a saved report says otherwise."
         return tuple(contradictions(self) + ([] if path is None else differences(load_json(path), self.to_dict())))
+    def panel(self, **beside: Any) -> Any: return open_audit_panel(self, **beside)  # preds=, slices=, dossier=
     def __str__(self) -> str: return text_report(self)
     def _repr_html_(self) -> str: return styled(html_report(self))
 
@@ -174,6 +176,17 @@ def report_frame(r: AuditReport,
     rows = rows_frame(r.rows, gaps)
     frame = pd.DataFrame(top).reindex(columns=rows.columns)
     return pd.concat([frame, rows], ignore_index=True) if len(rows) else frame
+
+# %% ../../nbs/audit/240_report.ipynb #panel
+def open_audit_panel(report: AuditReport,
+                     **beside: Any,  # preds=, the audited rows; slices=, of `find_slices`; dossier=
+                    ) -> Any:  # a widget
+    "Open a report with controls in a notebook."
+    found = list(entry_points(group="fine_tune_llm.panels", name="audit"))
+    if not found:
+        raise AuditError("no panel is registered for audits", where="entry points fine_tune_llm.panels",
+                         fix="install the package with pip: pip install fine_tune_llm")
+    return found[0].load()(report, **beside)
 
 # %% ../../nbs/audit/240_report.ipynb #verify
 def contradictions(r: AuditReport) -> list[str]:
