@@ -19,6 +19,7 @@ from ..core.figures import POINT, Plot, cells, chip, ci, figure, num, table, tic
 from ..uncertainty.metrics import Estimate
 
 # isort: split
+from .exports import visible
 from .findings import Coverage, Decided, Reliability, told
 from .groups import GroupRow
 
@@ -40,7 +41,8 @@ def decimals(span: float,  # length of an axis
 def cut(name: str,
         most: int = 22,  # characters
        ) -> str:
-    "Shorten a name for display."
+    "Shorten a name for display, and spell out what is invisible in it."
+    name = visible(name)
     return name if len(name) <= most else name[:most - 1] + "\u2026"
 
 # %% ../../nbs/audit/230_drawings.ipynb #reliability-plot
@@ -234,7 +236,7 @@ def gap_plot(r: GroupRow,
              span: float,  # half width of the axis, a share
             ) -> Plot:
     "Draw one gap in front of the tolerance."
-    name, half = f"{r.metric}, {r.group}: {gap_words(r)}, {r.verdict}", tolerance if r.hits is None else r.tolerance
+    name, half = visible(f"{r.metric}, {r.group}: {gap_words(r)}, {r.verdict}"), tolerance if r.hits is None else r.tolerance
     p = Plot(name, name, (-span, span), (0, 1), 30, 0, 0, 0, 0).band((-half, half), (0, 0), (1, 1), "null")
     p.seg(0, 0, 0, 1, "thin axis")
     if r.gap:
@@ -263,7 +265,7 @@ def gap_line(r: GroupRow,
             ) -> str:  # one row of an HTML table
     "Lay out one line of the group table."
     value = num(r.rate.value) if r.rate else "\u2013"
-    return (f'<tr><td title="{html.escape(r.group)}">{html.escape(cut(r.group))}</td><td class="num">{num(r.n, 0)}</td>'
+    return (f'<tr><td title="{html.escape(visible(r.group))}">{html.escape(cut(r.group))}</td><td class="num">{num(r.n, 0)}</td>'
             f'<td class="num rate">{value}</td><td class="ax">{gap_plot(r, tolerance, span).svg()}</td>'
             f'<td>{gap_words(r)}</td><td>{chip(r.verdict)}</td></tr>')
 
@@ -291,7 +293,7 @@ def gaps_figure(rows: Sequence[GroupRow],  # at least one
     for r in rows:
         if (r.metric, r.column) != before:
             before = r.metric, r.column
-            name = f"<b>{html.escape(r.metric)}</b> by {html.escape(cut(r.column))}"
+            name = f"<b>{html.escape(visible(r.metric))}</b> by {html.escape(cut(r.column))}"
             body += f'<tr class="top"><td colspan="6">{name}</td></tr>'
         body += gap_line(r, tolerance, span)
     head = ('<tr><th>group</th><th class="num">n</th><th class="num rate">rate</th>'
@@ -299,7 +301,7 @@ def gaps_figure(rows: Sequence[GroupRow],  # at least one
     rule = (f"Grey: tolerance \u00b1{num(100 * tolerance, 0)} points. "
             "Pass: the whole 95 % interval of the gap is inside. Fail: the whole interval is outside, even when it is widened "
             "to hold for all lines together. Otherwise not enough evidence. ")
-    data = [(r.metric, r.column, r.group, r.n, told(r.rate) if r.rate else "\u2013", gap_words(r), r.verdict)
+    data = [(visible(r.metric), visible(r.column), visible(r.group), r.n, told(r.rate) if r.rate else "\u2013", gap_words(r), r.verdict)
             for r in rows]
     narrow = "<style>@media(max-width:760px){.look.look .rate{display:none}}</style>"
     return figure(whole(gaps_title(rows)), rule + note, f"{narrow}<table><thead>{head}</thead>{body}</table>",

@@ -144,16 +144,17 @@ def examples_html(t: pd.DataFrame,  # of `example_rows`
     cell = lambda v, tag="td": f"<{tag}>{escape(visible(cut(str(v), 60)))}</{tag}>"
     body = "".join(f'<tr class="top">{cell(r.id)}{cell(r.truth)}<td>{escape(visible(r.answer))}{"" if r.truth == r.answer else " <b>wrong</b>"}</td>'
                    f'<td class="num">{num(r.confidence)}</td><td class="long">{shown_text(r.text, show)}</td></tr>' for r in t.itertuples())
-    head = "".join(f'<th scope="col">{h}</th>' for h in ("row", "truth", "answer", "confidence", "text"))
+    head = "".join(f'<th scope="col"{c}>{h}</th>' for h, c in (("row", ""), ("truth", ""), ("answer", ""), ("confidence", ' class="num"'), ("text", "")))
     return (f"<h4>{escape(visible(cut(group, 80)))}: {len(t)} of {num(n, 0)} rows, confident mistakes first</h4>"
             f'<div class="wide-table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 # %% ../../nbs/panels/665_audit_table.ipynb #slices
 def slices_html(s: SliceReport) -> str:
     "Lay out the slices that were tested."
-    body = "".join(f'<tr class="top"><th scope="row">{escape(visible(cut(r.name, 60)))}</th><td class="num">{num(r.loss.n, 0)}</td><td>{told(r.loss)}</td>'
-                   f'<td>{told(r.gap)}</td><td class="num">{num(r.p)}</td><td>{chip(r.verdict)}</td></tr>' for r in s.rows)
-    head = "".join(f'<th scope="col">{h}</th>' for h in ("slice", "n", f"{escape(s.metric)} [95 %]", "gap to the rest [95 %]", "p, adjusted", "verdict"))
+    body = "".join(f'<tr class="top"><th scope="row" class="long">{escape(visible(cut(r.name, 60)))}</th><td class="num">{num(r.loss.n, 0)}</td><td>{told(r.loss)}</td>'
+                   f'<td>{told(r.gap)}</td><td class="num">{num(r.p) if r.p >= 0.0005 else "&lt; 0.001"}</td><td>{chip(r.verdict)}</td></tr>' for r in s.rows)
+    names = ("slice", "n", f"{escape(s.metric)} [95 %]", "gap to the rest [95 %]", "p, adjusted", "verdict")
+    head = "".join(f'<th scope="col" class="{"num" if h[0] in "np" else ""}">{h}</th>' for h in names)
     return f'<h4>{escape(s.title)}</h4><div class="wide-table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 # %% ../../nbs/panels/665_audit_table.ipynb #requirements
