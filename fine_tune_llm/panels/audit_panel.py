@@ -40,8 +40,7 @@ from fine_tune_llm.panels.audit_table import (
     slices_html,
     table_html,
 )
-from .panel import guard
-from .training import PANEL_CSS
+from .panel import PANEL_CSS, guard
 from ..uncertainty.predictions import Predictions
 
 # %% ../../nbs/panels/670_audit_panel.ipynb #choices
