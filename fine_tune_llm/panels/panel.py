@@ -26,6 +26,8 @@ PANEL_CSS = CSS + """
  margin:0;height:32px;color:var(--jp-ui-font-color1,#212121);box-shadow:none}
 .ft-panel .jupyter-button:focus-visible{outline:2px solid #0072b2}.ft-panel .ft-data{padding-bottom:12px}
 .ft-panel [role=alert]{padding:6px 20px;color:var(--jp-error-color1,#b3261e)}
+.ft-panel .ft-silent{display:flex;gap:12px;align-items:center;padding:8px 20px;background:#a4161a;color:#fff}
+.ft-panel .ft-silent svg{width:16px;min-width:16px;height:16px;fill:none;stroke:currentColor;stroke-width:2;stroke-linecap:round}
 .ft-panel .ft-row,.ft-panel .ft-controls{flex-wrap:wrap}.ft-panel .ft-controls{gap:8px;align-items:center;overflow:visible}
 .ft-panel .ft-rate{width:210px;margin:0 8px 0 0}.ft-panel .ft-rate input{height:32px}.ft-panel .ft-controls .widget-hbox{align-items:center}.ft-panel .ft-rate label{width:auto;min-width:0}
 .ft-panel .jupyter-button:disabled{opacity:.5}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINE', 'SUPER', 'MEASURES', 'thin', 'strip', 'loss_strip', 'rate_strip', 'speed_strip', 'zoom', 'label_shift',
-           'evaluation_strip', 'note', 'status_words', 'state_line', 'command_log', 'data_table', 'View', 'view',
-           'training_view', 'curve_frame', 'TrainingPanel', 'draw_panel', 'with_picture', 'leave_picture']
+           'evaluation_strip', 'note', 'status_words', 'state_line', 'silence', 'command_log', 'data_table', 'View',
+           'view', 'training_view', 'curve_frame', 'TrainingPanel', 'draw_panel', 'with_picture', 'leave_picture']
 
 # %% ../../nbs/panels/620_training.ipynb #imports
 import math
@@ -18,25 +18,25 @@ from typing import Any
 from IPython.display import display
 from ipywidgets import HTML, HBox, VBox
 
-from ..core.figures import Plot, ceiling, cells, chip, ci, figure, num, styled, table, tick_step, ticks
+from ..core.figures import GLYPH, Plot, ceiling, cells, chip, ci, figure, num, styled, table, tick_step, ticks
 from ..core.runs import ENDS, Run, Status, duration, run_state, status
 from .controls import Controls
-from .curves import Curves, Mark, Trend, curves, finding, marks, trend
+from .curves import Course, Curves, Mark, Trend, curves, finding, marks, time_left, trend
 from .panel import PANEL_CSS, Publisher, guard
 
 # %% ../../nbs/panels/620_training.ipynb #thin
 def thin(xs: Sequence[float], ys: Sequence[float | None],
-         n: int = 600,  # points that may be drawn
+         n: int = 400,  # points that may be drawn
         ) -> list[tuple[float, float | None]]:  # points in order
     "Keep the extremes of each stretch of a long curve."
-    points = list(zip(xs, ys))
-    if len(points) <= n: return points
-    size, out = math.ceil(2 * len(points) / n), list[tuple[float, float | None]]()
-    for i in range(0, len(points), size):
-        stretch = points[i:i + size]
-        known = sorted((y, x) for x, y in stretch if y is not None)
-        out += sorted({(x, y) for y, x in (known[0], known[-1])}) if known else [stretch[0]]
-    return [*out, points[-1]]
+    if len(xs) <= n: return list(zip(xs, ys))
+    size, out = math.ceil(2 * len(xs) / n), list[tuple[float, float | None]]()
+    for i in range(0, len(xs), size):
+        stretch = ys[i:i + size]
+        known = [y for y in stretch if y is not None] if None in stretch else stretch
+        at = sorted({stretch.index(min(known)), stretch.index(max(known))}) if known else [0]  # type: ignore[type-var]
+        out += [(xs[i + j], stretch[j]) for j in at]
+    return [*out, (xs[-1], ys[-1])]
 
 # %% ../../nbs/panels/620_training.ipynb #strip
 LINE = {"applied": "thin purple", "refused": "thin purple dots", "requested": "thin purple dash"}
@@ -152,10 +152,12 @@ def status_words(now: Status, seen: Sequence[Mark]) -> str:
 def state_line(now: Status,
                age: float | None = None,  # seconds since the last event, None if not known
                saved: int | None = None,  # step of the last checkpoint
+               half: float | None = None,  # half the 95 % interval of the time left, seconds
               ) -> str:  # HTML
     "Say how far the run is."
+    eta = now.eta + (f" \u00b1 {duration(half)}" if now.eta and half is not None and half >= 0.5 else "")
     of = f" of {num(now.total, 0)}" if now.total else ""
-    parts = [now.epoch, now.eta, f"checkpoint at step {num(saved, 0)}" if saved is not None else ""]
+    parts = [now.epoch, eta, f"checkpoint at step {num(saved, 0)}" if saved is not None else ""]
     if now.state in ("running", "stopping") and (age or 0) >= 10: parts.append(f"last heard of {duration(age or 0)} ago")
     bar = f'<div class="prog" aria-hidden="true"><i style="width:{now.percent}%"></i></div>'
     first = chip("fail") if now.state == "failed" else ""
@@ -163,6 +165,21 @@ def state_line(now: Status,
     rest = "".join(f"<span>{escape(p)}</span>" for p in parts if p)
     far = f"<b>{now.state.capitalize()}, step {num(now.step, 0)}{of}</b>"
     return f'{bar}<div class="state">{first}{far}{error}{rest}</div>'
+
+# %% ../../nbs/panels/620_training.ipynb #silence
+def silence(state: str,  # of the run
+            times: Sequence[float],  # of its steps, seconds since 1970
+            last: float,  # time of the last event
+            clock: float,  # now
+           ) -> str:  # HTML, "" while the trainer is heard
+    "Warn of a trainer that says nothing."
+    recent = times[-101:]
+    gaps = [b - a for a, b in zip(recent, recent[1:])]
+    if state not in ("running", "stopping") or clock - last <= max(10.0, 2 * max(gaps, default=0.0)): return ""
+    cross = f'<svg viewBox="0 0 12 12" aria-hidden="true"><path d="{GLYPH["no"]}"/></svg>'
+    at = time.strftime("%H:%M:%S", time.localtime(last))
+    return (f'<div role="alert" class="ft-silent">{cross}<span><b>No word from the trainer since {at}</b> '
+            f"Either one step takes unusually long, or its process has ended without saying so.</span></div>")
 
 # %% ../../nbs/panels/620_training.ipynb #command-log
 def command_log(seen: Sequence[Mark],
@@ -203,6 +220,7 @@ class View:
     strips: str  # the curves and the log
     data: str  # the folded table
     told: str  # what became of the last command, plain text
+    silent: str = ""  # a warning that nothing is heard
 
     def head(self) -> str: return figure(self.finding, self.note, self.state)
     def whole(self) -> str: return figure(self.finding, self.note, self.state, self.strips, self.data)
@@ -211,17 +229,24 @@ class View:
 def view(events: Sequence[Mapping[str, Any]],  # what happened
          commands: Sequence[Mapping[str, Any]] = (),  # what was asked for
          clock: float | None = None,  # seconds since 1970, None to leave out how old the events are
+         course: Course | None = None,  # follows the same run, to save work
+         kept: dict[str, Any] | None = None,  # strips of before, to save work
         ) -> View:
     "Draw a run in pieces."
-    data, now, seen = curves(events), status(events, commands), marks(events, commands)
+    data, brief = (course.follow(events), course.brief) if course else (curves(events), events)
+    now, seen = status(brief, commands), marks(brief, commands, data)
     top = ceiling([data.steps[-1] if data.steps else now.total or 100], 8)
-    saved = next((e["step"] for e in reversed(events) if e["event"] == "checkpoint_saved"), None)
+    saved = next((e["step"] for e in reversed(brief) if e["event"] == "checkpoint_saved"), None)
     age = clock - events[-1]["time"] if clock and events else None
-    plots = [loss_strip(data, top, seen), *(evaluation_strip(name, data, top, seen) for name in MEASURES),
-             rate_strip(data, top, seen), speed_strip(data, top, seen)]
-    return View(finding(data, now), note(events, trend(data)), state_line(now, age, saved),
-                cells(*(p for p in plots if p), cls="full") + command_log(seen, events), data_table(data),
-                status_words(now, seen))
+    since = max((e.get("time", 0.0) for e in brief if e["event"] == "run_started" or e.get("command") == "resume"), default=0.0)
+    left = time_left(data, now.total, since) if now.total else None
+    silent = silence(now.state, data.times, events[-1]["time"], clock) if clock and events else ""
+    kept, same = {} if kept is None else kept, (top, seen, len(data.evaluations), data.evaluations[-1:])
+    if kept.get("same") != same:
+        kept.update(same=same, strips=[p.svg("full") for p in (evaluation_strip(name, data, top, seen) for name in MEASURES) if p])
+    strips = [loss_strip(data, top, seen).svg("full"), *kept["strips"], rate_strip(data, top, seen).svg("full"), speed_strip(data, top, seen).svg("full")]
+    return View(finding(data, now), note(brief, trend(data)), state_line(now, age, saved, left[1] if left else None),
+                f'<div class="cells">{"".join(strips)}</div>' + command_log(seen, brief), data_table(data), status_words(now, seen), silent)
 
 # %% ../../nbs/panels/620_training.ipynb #training-view
 def training_view(events: Sequence[Mapping[str, Any]],  # what happened
@@ -236,7 +261,9 @@ def curve_frame(data: Curves) -> Any:  # pandas DataFrame with the steps as its 
     import pandas as pd
     frame = pd.DataFrame({"loss": data.loss, "average": data.average, "learning_rate": data.rate, "rows_per_second": data.speed},
                          index=pd.Index(data.steps, name="step"), dtype=float)
-    return frame.join(pd.DataFrame(data.evaluations).set_index("step").select_dtypes("number"), how="outer", rsuffix="_evaluated") if data.evaluations else frame
+    if not data.evaluations: return frame
+    found = pd.DataFrame(data.evaluations).set_index("step").select_dtypes("number")
+    return frame.join(found.rename(columns={c: f"{c}_evaluated" for c in frame}), how="outer")
 
 # %% ../../nbs/panels/620_training.ipynb #panel
 class TrainingPanel(VBox):
@@ -244,13 +271,14 @@ class TrainingPanel(VBox):
     def __init__(self, run: Run):  # in this process or another
         self.run, self.stage, self.drawn = run, "", ()  # type: Run, str, tuple[int, ...]
         self.last_error, self.shown = None, None  # type: Exception | None, Any
-        self.head, self.live, self.data, self.note, self.alert = (HTML() for _ in range(5))
+        self.course, self.kept = Course(), {}  # type: Course, dict[str, Any]
+        self.head, self.live, self.data, self.note, self.alert, self.silent = (HTML() for _ in range(6))
         self.controls = Controls(run, lambda f: guard(self, f), self.wake)
         sheet = HTML(f"<style>{PANEL_CSS}</style>", layout={"display": "none"})
         row = HBox([self.controls, self.note])
         for widget, name in ((self.note, "status"), (row, "row"), (self.live, "live"), (self.data, "data")):
             widget.add_class(f"ft-{name}")
-        super().__init__([sheet, self.head, row, self.alert, self.live, self.data])
+        super().__init__([sheet, self.silent, self.head, row, self.alert, self.live, self.data])
         self.add_class("ft-panel")
         refresh = guard(self, self.refresh)
         refresh()
@@ -260,9 +288,9 @@ class TrainingPanel(VBox):
 
     def refresh(self) -> bool:  # True if more may come
         "Draw what is new."
-        events, commands = self.run.events(), self.run.commands()
+        events, commands = self.run.event_tail.read(), self.run.commands()
         state = run_state(events, commands)
-        news = (len(events), len(commands), int(time.time() / 10))
+        news = (len(events), len(commands), int(time.time() / 5))
         if news != self.drawn: draw_panel(self, events, commands, state)
         self.drawn = news
         return state not in ENDS.values()
@@ -294,11 +322,12 @@ def draw_panel(panel: TrainingPanel,
                state: str,  # of the run
               ) -> None:
     "Put the pieces of a run into the widgets of its panel."
-    drawn = view(events, commands, time.time())
+    drawn = view(events, commands, time.time(), panel.course, panel.kept)
     panel.head.value = f'<div class="look">{drawn.head()}</div>'
     panel.live.value = f'<div class="look">{drawn.strips}</div>'
     told = f'<div role="status" aria-live="polite">{escape(drawn.told)}</div>'
-    if panel.note.value != told: panel.note.value = told
+    for line, words in ((panel.note, told), (panel.silent, drawn.silent)):
+        if line.value != words: line.value = words
     panel.controls.show(state)
     if not panel.drawn or state != panel.stage:
         panel.data.value, panel.stage = f'<div class="look">{drawn.data}</div>', state
