@@ -50,7 +50,7 @@ def draw_data(report: DataReport,
     found = grid(("", "check", "found", "where", "what to do"), map(finding_row, kept)) if kept else f"<p>No finding is a {escape(severity)}.</p>" if severity != "all" else ""
     sizes, counts = size_rows(report), sorted(report.labels.values(), reverse=True)
     parts = [found, merge_table(merge_proposals(report), accepted or {}), "<br/>", grid([escape(k) for k in sizes[0]], [[escape(str(v)) for v in s.values()] for s in sizes])]
-    if len(counts) > 1: parts.append(cells(class_plot(counts[:200]), cls="full"))
+    if len(counts) > 1: parts.append("<br/>" + cells(class_plot(counts[:200]), cls="full"))
     if truth is not None and place: parts.append(draw_map(truth.row(place)))
     columns = ", ".join(f"{k}: {shown(v)}" for k, v in report.columns.items())
     frame = report.to_frame()

@@ -20,7 +20,7 @@ from ..core.figures import CSS
 PANEL_CSS = CSS + """
 .ft-panel{background:var(--jp-layout-color0,#fff);overflow:hidden}
 .ft-panel>*,.ft-panel .widget-html{margin:0;height:auto}
-.ft-panel .widget-html-content{line-height:1.45}.ft-panel .look{padding-top:0;padding-bottom:0}
+.ft-panel .widget-html-content{line-height:1.45;min-width:0;width:100%}.ft-panel .look{padding-top:0;padding-bottom:0}
 .ft-panel .look h3{margin-top:10px}.ft-panel .ft-row{padding:0 20px 10px;align-items:center;gap:14px;overflow:visible}
 .ft-panel .jupyter-button{background:none;border:1px solid #858585;border-radius:3px;width:auto;padding:0 16px;
  margin:0;height:32px;color:var(--jp-ui-font-color1,#212121);box-shadow:none}
@@ -33,7 +33,7 @@ PANEL_CSS = CSS + """
 .ft-panel .jupyter-button:disabled{opacity:.5}
 .ft-panel .widget-inline-hbox{width:auto;min-width:0;height:auto;align-items:center;overflow:visible;margin:0}
 .ft-panel .widget-label{width:auto;min-width:0;margin-right:8px}.ft-panel .widget-readout{min-width:44px}
-.ft-panel .widget-slider{width:300px}.ft-panel .widget-dropdown select,.ft-panel .widget-text input{height:32px}
+.ft-panel .widget-slider{width:300px}.ft-panel .widget-dropdown{max-width:340px}.ft-panel .widget-dropdown select,.ft-panel .widget-text input{height:32px}
 .ft-panel .noUi-handle:focus-visible,.ft-panel select:focus-visible,.ft-panel input:focus-visible{outline:2px solid #0072b2;outline-offset:1px}
 @media print{.ft-panel .ft-row{display:none}}
 """

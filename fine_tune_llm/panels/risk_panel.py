@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import t as student
 from traitlets import Float
 
-from ..audit.drawings import decimals, risk_plot, saving, whole
+from ..audit.drawings import cut, decimals, risk_plot, saving, whole
 from ..audit.findings import Decided, told
 from ..core.errors import ConfigurationError
 from ..core.figures import Plot, ceiling, num
@@ -117,10 +117,10 @@ def cost_table(costs: np.ndarray,  # shape [K, K]
     "Write out what each answer costs."
     head = '<div class="cell"><p style="color:var(--ink);margin-top:0"><b>What an answer costs</b></p>'
     if len(names) <= most:
-        rows = "".join(f"<tr><th>{escape(n)}</th>{''.join(f'<td>{num(v, 2)}</td>' for v in r)}</tr>" for n, r in zip(names, costs))
-        return f'{head}<table><tr><th>true \\ answer</th>{"".join(f"<th>{escape(n)}</th>" for n in names)}</tr>{rows}</table></div>'
+        rows = "".join(f"<tr><th>{escape(cut(n, 16))}</th>{''.join(f'<td>{num(v, 2)}</td>' for v in r)}</tr>" for n, r in zip(names, costs))
+        return f'{head}<table><tr><th>true \\ answer</th>{"".join(f"<th>{escape(cut(n, 10))}</th>" for n in names)}</tr>{rows}</table></div>'
     odd = [(a, b) for a, b in zip(*np.nonzero(costs != 1 - np.eye(len(names))))]
-    rows = "".join(f"<tr><td>{escape(names[a])}</td><td>{escape(names[b])}</td><td>{num(float(costs[a, b]), 2)}</td></tr>" for a, b in odd[:most])
+    rows = "".join(f"<tr><td>{escape(cut(names[a]))}</td><td>{escape(cut(names[b]))}</td><td>{num(float(costs[a, b]), 2)}</td></tr>" for a, b in odd[:most])
     more = f"; {len(odd) - most} more" if len(odd) > most else ""
     return f"{head}<table><tr><th>true</th><th>answer</th><th>cost</th></tr>{rows}</table><p>Any other mistake costs 1{more}.</p></div>"
 
