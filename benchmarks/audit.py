@@ -36,7 +36,7 @@ def ours(rows, boot):
     p, y, group = data(rows)
     labels = Labels(("no", "yes"))
     preds = Predictions(np.arange(rows).astype(str), labels, probs=p, y=y, groups=group.to_frame("group"))
-    sets = PredictionSets(p >= 0.3, preds.ids, labels, 0.1, "lac", "", 1000, 901)
+    sets = PredictionSets(np.packbits(p >= 0.3, axis=1), preds.ids, labels, 0.1, "lac", "", 1000, 901)
     start = time.process_time(), time.perf_counter()
     found = group_metrics(preds, "group", sets=sets, metrics=METRICS)
     used = time.process_time() - start[0], time.perf_counter() - start[1]

@@ -30,7 +30,8 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     **dict.fromkeys(("data_truth", "DataTruth"), "data.truth"), "Template": "data.templates",
     **dict.fromkeys(("check_data", "DataReport"), "data.report"), "split_data": "data.dealing",
     "read_rows": "data.files", "load_rows": "data.forms",
-    "load_model": "models.loading", "finetune": "training.trainer",
+    "load_model": "models.loading", "finetune": "training.trainer", "launch": "training.launch",
+    **dict.fromkeys(("load_pairs", "load_judgements", "split_pairs"), "training.choices"), "prefer": "training.preference", "sweep": "training.sweeps",
     "TrainingPanel": "panels.training",
     **dict.fromkeys(("Bundle", "bundle", "load_bundle"), "apps.bundle"),
 }

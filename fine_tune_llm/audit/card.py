@@ -9,7 +9,7 @@ __all__ = ['ACT', 'RMF', 'BANK', 'CLAUSES', 'Clause', 'linked', 'evidence_map', 
 # %% ../../nbs/audit/278_card.ipynb #imports
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, timezone
+from datetime import UTC, date, datetime
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def trail_frame(events: Sequence[Mapping[str, Any]],
     def what(e: Mapping[str, Any]) -> str:
         said = next((e[k] for k in ("finding", "reason", "text", "purpose", "role") if e.get(k)), "")
         return cut(" ".join(str(p) for p in (e.get("requirement"), e.get("verdict"), said) if p), 300)
-    def at(e: Mapping[str, Any]) -> str: return datetime.fromtimestamp(e["time"], timezone.utc).strftime("%Y-%m-%d %H:%M")
+    def at(e: Mapping[str, Any]) -> str: return datetime.fromtimestamp(e["time"], UTC).strftime("%Y-%m-%d %H:%M")
     rows = [(at(e), e["event"].removeprefix("audit_"), cut(str(e.get("by", e.get("owner", ""))), 60), what(e), e["hash"][:12])
             for e in [*events][-most:][::-1]]
     return pd.DataFrame(rows, columns=["time, UTC", "event", "by", "what", "hash"])

@@ -35,6 +35,7 @@ class DataSection(Section):
 class ModelSection(Section):
     "Which model to tune, and where it runs."
     name: str = "pocket"  # "pocket", a folder or a hub id
+    task: Literal["classification", "label-words"] = "classification"  # a head, or class names as answers
     quantize: Literal["nf4", "int8"] | None = None
     device: str | None = None  # chosen where not given
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # chosen where not given
@@ -50,6 +51,18 @@ class TrainingSection(Section):
     warmup: float = Field(0.06, ge=0, lt=1)  # share of the steps
     weight_decay: float = Field(0.0, ge=0)
     seed: int = 0
+    accumulate: int = Field(1, ge=1)  # pieces in which the rows of a step pass through the model
+    scheduler: str = "linear"  # how the learning rate moves; a name of transformers
+    scheduler_options: dict[str, Any] = {}
+    loss: str = "cross-entropy"  # of classification
+    loss_options: dict[str, Any] = {}
+    packing: bool = True  # for language models
+    exact: bool = False  # keep the number format of the model; for language models
+    evaluate_every: int | None = Field(None, ge=1)  # steps; an epoch where not given
+    best_by: str | None = None  # measure whose best evaluation becomes the adapter; the last step where not given
+    patience: int | None = Field(None, ge=1)  # evaluations without a better one after which the run ends
+    target_risk: float = Field(0.05, ge=0, lt=1)  # share of errors among answers, for best_by: coverage_at_risk
+    template: str | None = None  # how a row becomes text; for language models
 
 # %% ../../nbs/core/010_config.ipynb #trust-section
 class TrustSection(Section):

@@ -142,8 +142,8 @@ def examples_html(t: pd.DataFrame,  # of `example_rows`
     "Lay out example rows."
     if not len(t): return f"<p>No row of {escape(visible(group))} was audited.</p>"
     cell = lambda v, tag="td": f"<{tag}>{escape(visible(cut(str(v), 60)))}</{tag}>"
-    body = "".join(f'<tr class="top">{cell(r.id)}{cell(r.truth)}<td>{escape(visible(r.answer))}{"" if r.truth == r.answer else " <b>wrong</b>"}</td>'
-                   f'<td class="num">{num(r.confidence)}</td><td class="long">{shown_text(r.text, show)}</td></tr>' for r in t.itertuples())
+    body = "".join(f'<tr class="top">{cell(name)}{cell(truth)}<td>{escape(visible(answer))}{"" if truth == answer else " <b>wrong</b>"}</td>'
+                   f'<td class="num">{num(said)}</td><td class="long">{shown_text(text, show)}</td></tr>' for name, truth, answer, said, text in t.to_numpy().tolist())
     head = "".join(f'<th scope="col"{c}>{h}</th>' for h, c in (("row", ""), ("truth", ""), ("answer", ""), ("confidence", ' class="num"'), ("text", "")))
     return (f"<h4>{escape(visible(cut(group, 80)))}: {len(t)} of {num(n, 0)} rows, confident mistakes first</h4>"
             f'<div class="wide-table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
