@@ -164,7 +164,7 @@ def ordered_trainer(lengths: Sequence[int],  # tokens of each row, for batches o
     class OrderedTrainer(Trainer):
         seen: tuple[str, ...] = ()  # ids of the rows in this step
         def _get_train_sampler(self, train_dataset: Any = None) -> Any: return EpochOrder(lengths, settings.batch_size, settings.seed)
-        def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> int:
+        def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:  # number or tensor
             self.seen = tuple(names[i] for b in batch_samples for i in b["rows"])
             return max(1, mean_count(sum(items(part) for b in batch_samples for part in b["parts"])))
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
