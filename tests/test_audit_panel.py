@@ -18,8 +18,9 @@ from fine_tune_llm.audit.report import audit
 from fine_tune_llm.audit.slices import find_slices
 from fine_tune_llm.core.errors import AuditError, DataError
 from fine_tune_llm.core.labels import Labels
-from fine_tune_llm.panels.audit_panel import AuditPanel, held
+from fine_tune_llm.panels.audit_panel import AuditPanel
 from fine_tune_llm.panels.audit_table import arranged, example_rows, examples_html, rows_in, table_html
+from fine_tune_llm.panels.figure_panel import held
 from fine_tune_llm.uncertainty.metrics import Estimate
 from fine_tune_llm.uncertainty.predictions import Predictions
 

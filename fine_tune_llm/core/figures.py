@@ -115,7 +115,7 @@ def chip(word: str,  # a verdict, or the state of a command: one of CHIP
             f"<span>{word}</span></span>")
 
 # %% ../../nbs/core/040_figures.ipynb #outline
-def outline(points: Iterable[tuple[float, float | None]],  # places in percent, from the left and from the top
+def outline(points: Iterable[tuple[float | None, float | None]],  # places in percent, from the left and from the top
            ) -> str:  # the path in SVG's own words
     "Trace points, lifting the pen where one is missing."
     parts, pen = [], "M"

@@ -17,9 +17,9 @@ from traitlets import Unicode
 from ..audit.comparison import compare
 from ..audit.drawings import ece_plot, reliability_plot, reliability_title, whole
 from ..audit.findings import Reliability, mass_bins
+from ..audit.groupings import group_codes
 from ..core.errors import ConfigurationError, TooFewRowsError
 from ..core.figures import ci, num
-from .conformal_panel import group_codes
 from .figure_panel import Drawn, FigurePanel
 from ..uncertainty.calibration import TemperatureScaling
 from ..uncertainty.calibration_choice import calibrators, settings_name, unfitted
@@ -90,7 +90,7 @@ class CalibrationPanel(FigurePanel):
         self.validation, self.test, self.fitted, self.kept = validation, test, {}, {}  # type: ignore[var-annotated]
         self.candidates = method_names(calibrators() if candidates is None else candidates)
         columns = [] if test.groups is None else [str(c) for c in test.groups.columns]
-        choices = [(f"{c} = {name}", f"{c} = {name}") for c in columns for name in group_codes(test, c)[0]]
+        choices = [(f"{c} = {name}", f"{c} = {name}") for c in columns for name in group_codes(test.groups[c], most=10_000)[0]]
         controls = {"method": Dropdown(description="Method", options=list(self.candidates), value=method),
                     "group": Dropdown(description="Rows", options=[("all", ""), *choices], value=group)}
         self.set_trait("method", method)
@@ -119,6 +119,7 @@ def chosen_rows(preds: Predictions,
     "Keep the rows of one group."
     if not group: return preds
     column, _, value = group.partition(" = ")
-    names, codes = group_codes(preds, column)
+    if preds.groups is None or column not in preds.groups: raise ConfigurationError(f"no group column {column!r}", fix="use one that the predictions have")
+    names, codes = group_codes(preds.groups[column], most=10_000)
     if value not in names: raise ConfigurationError(f"no group {group!r}", fix=f"use one of: {', '.join(f'{column} = {n}' for n in names[:8])}")
     return preds.take(codes == names.index(value))

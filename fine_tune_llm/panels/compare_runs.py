@@ -109,8 +109,9 @@ def compare_plots(lines: Sequence[Line], axis: str = "step") -> list[Plot]:
     loss = [(xs, r.data.average, (), ()) for xs, r in zip(at, lines)]
     out = [compare_strip("Loss, moving average", lines, loss, top, (0, ceiling(v for r in lines for v in r.data.average)), "" if shown else AXES[axis])]
     for name in shown:
-        points = [(place_steps(r, [e["step"] for e in es], axis), *([e.get(key) for e in es] for key in (name, f"{name}_low", f"{name}_high"))) for r, es in zip(lines, found[name])]
-        values = [v for _, *parts in points for part in parts for v in part if v is not None]
+        def column(es: Sequence[Mapping[str, Any]], end: str = "", name: str = name) -> list[Any]: return [e.get(name + end) for e in es]
+        points = [(place_steps(r, [e["step"] for e in es], axis), column(es), column(es, "_low"), column(es, "_high")) for r, es in zip(lines, found[name])]
+        values = [v for p in points for part in p[1:] for v in part if v is not None]
         y = zoom(values) if name == "accuracy" else (0.0, ceiling(values))
         out.append(compare_strip(MEASURES[name], lines, points, top, y, AXES[axis] if name == shown[-1] else ""))
     return out

@@ -50,7 +50,7 @@ def curves(events: Iterable[Mapping[str, Any]]) -> Curves:
 # %% ../../nbs/panels/600_curves.ipynb #course
 class Course:
     "Follow the events of a run, taking up only what is new."
-    def __init__(self): self.n, self.data, self.brief = 0, curves(()), list[Mapping[str, Any]]()
+    def __init__(self) -> None: self.n, self.data, self.brief = 0, curves(()), list[Mapping[str, Any]]()
 
     def follow(self, events: Sequence[Mapping[str, Any]],  # all events so far
               ) -> Curves:

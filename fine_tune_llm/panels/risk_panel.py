@@ -57,7 +57,8 @@ def decision_table(preds: Predictions,
         sums = np.bincount(cell, weight, shape[0] * shape[1]).reshape(shape)
         return sums.cumsum(axis=0).cumsum(axis=1)[:-1, :-1]
     parts = [table(v) for v in (None, w.answer != y, spent, spent**2)]
-    return DecisionTable(prices, *(np.rint(p).astype(int) for p in parts[:2]), *parts[2:], len(y), (float(spent.sum()), float((spent**2).sum())))
+    rows, wrong = (np.rint(p).astype(int) for p in parts[:2])
+    return DecisionTable(prices, rows, wrong, parts[2], parts[3], len(y), (float(spent.sum()), float((spent**2).sum())))
 
 # %% ../../nbs/panels/650_risk_panel.ipynb #chosen
 def certified_place(table: DecisionTable,  # of the calibration rows
@@ -158,7 +159,8 @@ class RiskPanel(FigurePanel):
                  test: Predictions,  # rows that show what it does
                  costs: ArrayLike | Labels | None = None,  # K rows (true class) of K costs (answer); None for the weights of the labels
                  abstain_cost: float = 0.2, max_risk: float = 0.05, delta: float = 0.05):
-        self.calibration, self.test, self.delta, self.tables = calibration, test, delta, ()  # type: Any, Any, float, Any
+        self.calibration, self.test, self.delta = calibration, test, delta
+        self.tables: Sequence[DecisionTable] = ()
         self.costs = cost_array(test.labels if costs is None else costs, len(test.labels)).copy()
         names = list(test.labels)
         self.true, self.answer = Dropdown(description="True class", options=names), Dropdown(description="Answer", options=names, value=names[1])
@@ -192,4 +194,4 @@ class RiskPanel(FigurePanel):
                 raise ConfigurationError(f"{len(overlap)} test rows are calibration rows", fix="give rows that certified nothing")
             prices = np.union1d(np.linspace(0, self.top(), 101), [self.abstain_cost])
             self.tables = tuple(decision_table(p, self.costs, prices) for p in (self.calibration, self.test))
-        return draw_policy(*self.tables, self.costs, list(self.test.labels), self.abstain_cost, self.max_risk, self.delta)
+        return draw_policy(self.tables[0], self.tables[1], self.costs, list(self.test.labels), self.abstain_cost, self.max_risk, self.delta)

@@ -18,10 +18,11 @@ from typing import Any
 from IPython.display import display
 from ipywidgets import HTML, HBox, VBox
 
-from ..core.figures import GLYPH, Plot, ceiling, cells, chip, ci, figure, num, styled, table, tick_step, ticks
+from ..core.figures import GLYPH, Plot, ceiling, chip, ci, figure, num, styled, table, tick_step, ticks
 from ..core.runs import ENDS, Run, Status, duration, run_state, status
 from .controls import Controls
 from .curves import Course, Curves, Mark, Trend, curves, finding, marks, time_left, trend
+from .figure_panel import close_all, look, with_still
 from .panel import PANEL_CSS, Publisher, guard
 
 # %% ../../nbs/panels/620_training.ipynb #thin
@@ -310,9 +311,10 @@ class TrainingPanel(VBox):
 
     def close(self) -> None:
         "Stop redrawing and free the widgets; the run goes on."
+        if self.comm is None: return
         if publisher := getattr(self, "publisher", None): publisher.close()
-        if controls := getattr(self, "controls", None): controls.close()
-        for child in (self.note, *self.children) if self.children else (): child.close()
+        close_all(self.children)
+        self.layout.close()
         super().close()
 
 # %% ../../nbs/panels/620_training.ipynb #draw-panel
@@ -323,14 +325,13 @@ def draw_panel(panel: TrainingPanel,
               ) -> None:
     "Put the pieces of a run into the widgets of its panel."
     drawn = view(events, commands, time.time(), panel.course, panel.kept)
-    panel.head.value = f'<div class="look">{drawn.head()}</div>'
-    panel.live.value = f'<div class="look">{drawn.strips}</div>'
+    panel.head.value, panel.live.value = look(drawn.head()), look(drawn.strips)
     told = f'<div role="status" aria-live="polite">{escape(drawn.told)}</div>'
     for line, words in ((panel.note, told), (panel.silent, drawn.silent)):
         if line.value != words: line.value = words
     panel.controls.show(state)
     if not panel.drawn or state != panel.stage:
-        panel.data.value, panel.stage = f'<div class="look">{drawn.data}</div>', state
+        panel.data.value, panel.stage = look(drawn.data), state
         leave_picture(panel)
 
 # %% ../../nbs/panels/620_training.ipynb #with-picture
@@ -339,8 +340,7 @@ def with_picture(panel: TrainingPanel,
                 ) -> dict[str, Any]:  # by MIME type
     "Add a static picture to a live panel, or put it in place of one that has ended."
     picture = {"text/plain": repr(panel.run), "text/html": panel.picture()}
-    bundle = bundle[0] if isinstance(bundle, tuple) else bundle
-    return picture if panel.run.state in ENDS.values() else {**(bundle or {}), **picture}
+    return picture if panel.run.state in ENDS.values() else with_still(bundle, picture)
 
 def leave_picture(panel: TrainingPanel) -> None:
     "Put a static picture where the panel was shown, once the run has ended."
