@@ -29,7 +29,7 @@ PANEL_CSS = CSS + """
 .ft-panel .ft-silent{display:flex;gap:12px;align-items:center;padding:8px 20px;background:#a4161a;color:#fff}
 .ft-panel .ft-silent svg{width:16px;min-width:16px;height:16px;fill:none;stroke:currentColor;stroke-width:2;stroke-linecap:round}
 .ft-panel .ft-row,.ft-panel .ft-controls{flex-wrap:wrap}.ft-panel .ft-controls{gap:8px;align-items:center;overflow:visible}
-.ft-panel .ft-rate{width:210px;margin:0 8px 0 0}.ft-panel .ft-rate input{height:32px}.ft-panel .ft-controls .widget-hbox{align-items:center}.ft-panel .ft-rate label{width:auto;min-width:0}
+.ft-panel .ft-rate{width:auto;margin:0}.ft-panel .ft-rate input{height:32px;width:110px}.ft-panel .ft-controls .widget-hbox{align-items:center;gap:8px;overflow:visible}.ft-panel .ft-rate label{width:auto;min-width:0}
 .ft-panel .jupyter-button:disabled{opacity:.5}
 .ft-panel .widget-inline-hbox{width:auto;min-width:0;height:auto;align-items:center;overflow:visible;margin:0}
 .ft-panel .widget-label{width:auto;min-width:0;margin-right:8px}.ft-panel .widget-readout{min-width:44px}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DecisionTable', 'decision_table', 'certified_place', 'mean_of', 'consequences', 'cost_curve', 'cost_table',
-           'policy_title', 'draw_policy', 'RiskPanel']
+           'policy_title', 'draw_policy', 'marks_of', 'RiskPanel']
 
 # %% ../../nbs/panels/650_risk_panel.ipynb #imports
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from traitlets import Float
 from ..audit.drawings import cut, decimals, risk_plot, saving, whole
 from ..audit.findings import Decided, told
 from ..core.errors import ConfigurationError
-from ..core.figures import Plot, ceiling, num
+from ..core.figures import Plot, ceiling, num, tick_step
 from ..core.labels import Labels
 from .figure_panel import Drawn, FigurePanel
 from .panel import guard
@@ -150,6 +150,12 @@ def draw_policy(calibration: DecisionTable, test: DecisionTable, costs: np.ndarr
     plots = f'<div class="cells">{risk_plot(d).svg()}{cost_curve(test, j, i).svg()}{cost_table(costs, names)}</div>'
     return Drawn(whole(policy_title(d)), note, plots, frame)
 
+# %% ../../nbs/panels/650_risk_panel.ipynb #marks
+def marks_of(top: float) -> np.ndarray:  # every price that the slider can stand at
+    "List the prices from 0 to the top in round steps."
+    step = tick_step(top, 100)
+    return np.round(np.arange(round(top / step) + 1) * step, 12)
+
 # %% ../../nbs/panels/650_risk_panel.ipynb #panel
 class RiskPanel(FigurePanel):
     "Try out costs and limits on one split, and see what they come to on another."
@@ -170,7 +176,7 @@ class RiskPanel(FigurePanel):
         self.set_trait("abstain_cost", abstain_cost)
         self.set_trait("max_risk", max_risk)
         top = self.top()
-        super().__init__({"abstain_cost": FloatSlider(description="A person costs", min=0, max=top, step=top / 100, value=abstain_cost, readout_format=".3g"),
+        super().__init__({"abstain_cost": FloatSlider(description="A person costs", min=0, max=top, step=tick_step(top, 100), value=abstain_cost, readout_format=".3g"),
                           "max_risk": FloatSlider(description="Risk at most", min=0.005, max=0.5, step=0.005, value=max_risk, readout_format=".3f")},
                          (self.true, self.answer, self.cost, self.set))
 
@@ -184,7 +190,7 @@ class RiskPanel(FigurePanel):
         if not np.isfinite(cost) or cost < 0: raise ConfigurationError(f"a mistake cannot cost {cost}", fix="give 0 or more")
         self.costs[names.index(true), names.index(answer)] = cost
         self.tables, top = (), self.top()
-        self.controls["abstain_cost"].max, self.controls["abstain_cost"].step = top, top / 100
+        self.controls["abstain_cost"].max, self.controls["abstain_cost"].step = top, tick_step(top, 100)
         self.redraw()
 
     def draw(self) -> Drawn:
@@ -192,6 +198,6 @@ class RiskPanel(FigurePanel):
             self.calibration.refuse_overlap("a risk certificate")
             if overlap := set(self.calibration.ids.tolist()) & set(self.test.ids.tolist()):
                 raise ConfigurationError(f"{len(overlap)} test rows are calibration rows", fix="give rows that certified nothing")
-            prices = np.union1d(np.linspace(0, self.top(), 101), [self.abstain_cost])
+            prices = np.union1d(marks_of(self.top()), [self.abstain_cost])
             self.tables = tuple(decision_table(p, self.costs, prices) for p in (self.calibration, self.test))
         return draw_policy(self.tables[0], self.tables[1], self.costs, list(self.test.labels), self.abstain_cost, self.max_risk, self.delta)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LINE', 'SUPER', 'MEASURES', 'thin', 'strip', 'loss_strip', 'rate_strip', 'speed_strip', 'zoom', 'label_shift',
-           'evaluation_strip', 'note', 'status_words', 'state_line', 'silence', 'command_log', 'data_table', 'View',
-           'view', 'training_view', 'curve_frame', 'TrainingPanel', 'draw_panel', 'with_picture', 'leave_picture']
+           'evaluation_strip', 'memory_words', 'note', 'status_words', 'state_line', 'silence', 'command_log',
+           'data_table', 'View', 'view', 'training_view', 'curve_frame', 'TrainingPanel', 'draw_panel', 'with_picture',
+           'leave_picture']
 
 # %% ../../nbs/panels/620_training.ipynb #imports
 import math
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from IPython.display import display
@@ -133,6 +135,11 @@ def evaluation_strip(name: str,  # one of MEASURES
     return plot.text(top, ys[-1], f"{name if share else name.upper()} {num(ys[-1])}", f"c {colour}", 8, 4 + apart)
 
 # %% ../../nbs/panels/620_training.ipynb #note
+def memory_words(events: Sequence[Mapping[str, Any]]) -> str:  # "" where nobody has looked
+    "Say how much memory a run takes at most."
+    e = next((e for e in reversed(events) if e["event"] in ("preflight", "memory_measured") and e.get("peak_bytes")), None)
+    return f"at most {num(e['peak_bytes'] / 1e9, 1)} GB {'measured' if e['event'] == 'memory_measured' else 'expected'}" if e else ""
+
 def note(events: Sequence[Mapping[str, Any]],
          t: Trend | None,
         ) -> str:  # one or two sentences
@@ -140,7 +147,7 @@ def note(events: Sequence[Mapping[str, Any]],
     start: Mapping[str, Any] = next((e for e in reversed(events) if e["event"] == "run_started"), {})
     if not start: return "The trainer has not started."
     rows = f"{num(start['rows'], 0)} rows" if start.get("rows") else ""
-    facts = ", ".join(str(f) for f in (rows, start.get("device"), start.get("dtype")) if f)
+    facts = ", ".join(str(f) for f in (rows, start.get("device"), start.get("dtype"), memory_words(events)) if f)
     how = f" Loss: mean of the last {num(t.span, 0)} steps and of those before; 95 % interval for independent steps." if t else ""
     return f"{facts}.{how}"
 
@@ -236,7 +243,7 @@ def view(events: Sequence[Mapping[str, Any]],  # what happened
     "Draw a run in pieces."
     data, brief = (course.follow(events), course.brief) if course else (curves(events), events)
     now, seen = status(brief, commands), marks(brief, commands, data)
-    top = ceiling([data.steps[-1] if data.steps else now.total or 100], 8)
+    top = ceiling([data.steps[-1] if data.steps else now.total or 100, *(m.step for m in seen)], 8)
     saved = next((e["step"] for e in reversed(brief) if e["event"] == "checkpoint_saved"), None)
     age = clock - events[-1]["time"] if clock and events else None
     since = max((e.get("time", 0.0) for e in brief if e["event"] == "run_started" or e.get("command") == "resume"), default=0.0)
@@ -285,6 +292,12 @@ class TrainingPanel(VBox):
         refresh()
         self.publisher = Publisher(refresh)
 
+    @classmethod
+    def attach(cls, path: str | Path,  # of a run folder
+              ) -> "TrainingPanel":
+        "Open the panel of a run that another process or notebook has started."
+        return cls(Run.attach(path))
+
     def wake(self) -> None: self.publisher.wake()
 
     def refresh(self) -> bool:  # True if more may come
@@ -329,7 +342,7 @@ def draw_panel(panel: TrainingPanel,
     told = f'<div role="status" aria-live="polite">{escape(drawn.told)}</div>'
     for line, words in ((panel.note, told), (panel.silent, drawn.silent)):
         if line.value != words: line.value = words
-    panel.controls.show(state)
+    panel.controls.show(state, next((r for r in reversed(panel.course.data.rate) if r), None))
     if not panel.drawn or state != panel.stage:
         panel.data.value, panel.stage = look(drawn.data), state
         leave_picture(panel)
