@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -42,6 +43,32 @@ def write_notebook(path: Path, run_folder: Path) -> None:
     nbformat.write(new_notebook(cells=cells, metadata=kernel), path)
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def serving(command: list[str], port: int, env: dict[str, str], log: Path):
+    "Start a server, hand out what waits until it answers and returns its address, and stop it."
+    with open(log, "w") as out: server = subprocess.Popen([sys.executable, "-m", *command], env=env, stdout=out, stderr=subprocess.STDOUT)
+
+    def ready() -> str:
+        end = time.monotonic() + 60
+        while True:
+            assert server.poll() is None and time.monotonic() < end, log.read_text()[-2000:]
+            try: socket.create_connection(("127.0.0.1", port), timeout=0.5).close()
+            except OSError: time.sleep(0.1)
+            else: return f"http://127.0.0.1:{port}"
+
+    try: yield ready  # a browser can start meanwhile
+    finally:
+        server.terminate()
+        try: server.wait(10)
+        except subprocess.TimeoutExpired: server.kill()
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     "A JupyterLab with folders, port and token of its own: (waits for its address, token, its root folder)."
@@ -54,31 +81,21 @@ def lab(tmp_path_factory):
     env = {**os.environ, **folders, "HOME": str(home), "IPYTHONDIR": str(home / "ipython"),
            "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
     env.pop("IN_TEST", None)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    token = secrets.token_hex(16)
-    log = open(home / "lab.log", "w")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
-         "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True",
-         f"--ServerApp.root_dir={root}"], env=env, stdout=log, stderr=subprocess.STDOUT)
+    port, token = free_port(), secrets.token_hex(16)
+    command = ["jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+               f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={root}"]
+    with serving(command, port, env, home / "lab.log") as ready: yield ready, token, root
 
-    def ready() -> str:
-        "Wait until the server answers, and return its address."
-        end = time.monotonic() + 60
-        while True:
-            assert server.poll() is None and time.monotonic() < end, (home / "lab.log").read_text()[-2000:]
-            try: socket.create_connection(("127.0.0.1", port), timeout=0.5).close()
-            except OSError: time.sleep(0.1)
-            else: return f"http://127.0.0.1:{port}"
 
-    try: yield ready, token, root  # a browser can start meanwhile
-    finally:
-        server.terminate()
-        try: server.wait(10)
-        except subprocess.TimeoutExpired: server.kill()
-        log.close()
+@pytest.fixture(scope="module")
+def voila(tmp_path_factory):
+    "A Voila with folders and port of its own, which shows the notebooks of a folder: (waits for its address, the folder)."
+    if importlib.util.find_spec("voila") is None: pytest.skip("needs voila")
+    root, home, port = tmp_path_factory.mktemp("voila"), tmp_path_factory.mktemp("home"), free_port()
+    env = {**os.environ, "HOME": str(home), **{f"JUPYTER_{k}_DIR": str(home / k.lower()) for k in ("CONFIG", "DATA", "RUNTIME")}}
+    env.pop("IN_TEST", None)
+    command = ["voila", str(root), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1", "--show_tracebacks=True"]
+    with serving(command, port, env, home / "voila.log") as ready: yield ready, root
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +103,8 @@ def browser(tmp_path_factory):
     "A headless Chromium with a profile of its own."
     from playwright.sync_api import sync_playwright
     args = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+            "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+            "--disable-background-timer-throttling", "--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows"]
     with sync_playwright() as pw:
         context = pw.chromium.launch_persistent_context(
             str(tmp_path_factory.mktemp("profile")), executable_path=CHROMIUM, headless=True, args=args,

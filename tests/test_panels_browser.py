@@ -3,16 +3,12 @@
 The harness is that of test_panel_browser: everything stays on this machine. FTLLM_SCREENSHOTS=folder keeps the pictures."""
 import importlib.util
 import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
-from test_panel_browser import CHROMIUM, MISSING, browser, keep, lab, open_and_run  # noqa: F401, the fixtures
+from test_panel_browser import CHROMIUM, MISSING, browser, keep, lab, open_and_run, voila  # noqa: F401, the fixtures
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM or bool(MISSING), reason="needs " + " and ".join(MISSING or ["a chromium"]))]
 
@@ -132,31 +128,15 @@ def test_panels_in_lab(lab, browser, tmp_path):  # noqa: F811
     page.close()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("voila") is None, reason="needs voila")
-def test_panels_in_voila(browser, tmp_path):  # noqa: F811
-    write_notebook(tmp_path / "panels.ipynb")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"HOME": str(tmp_path), "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
-    log = open(tmp_path / "voila.log", "w")
-    server = subprocess.Popen([sys.executable, "-m", "voila", str(tmp_path / "panels.ipynb"), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1",
-                               "--show_tracebacks=True"], env=env, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        end = time.monotonic() + 60
-        while True:
-            assert server.poll() is None and time.monotonic() < end, (tmp_path / "voila.log").read_text()[-2000:]
-            try: socket.create_connection(("127.0.0.1", port), timeout=0.5).close()
-            except OSError: time.sleep(0.1)
-            else: break
-        page = browser.new_page()
-        page.set_default_timeout(60_000)
-        page.goto(f"http://127.0.0.1:{port}/")
-        work(page)
-        if os.environ.get("FTLLM_SCREENSHOTS"): page.screenshot(path=str(Path(os.environ["FTLLM_SCREENSHOTS"]) / "voila.png"), full_page=True)
-        page.close()
-    finally:
-        server.terminate()
-        try: server.wait(10)
-        except subprocess.TimeoutExpired: server.kill()
-        log.close()
+def test_panels_in_voila(voila, browser):  # noqa: F811
+    ready, root = voila
+    write_notebook(root / "panels.ipynb")
+    page = browser.new_page()
+    page.set_default_timeout(60_000)
+    page.goto(f"{ready()}/voila/render/panels.ipynb")
+    work(page)
+    describe(page)
+    check_rules(page)
+    if os.environ.get("FTLLM_SCREENSHOTS"):
+        for i, name in enumerate(PANELS): page.locator(".ft-panel").nth(i).screenshot(path=str(Path(os.environ["FTLLM_SCREENSHOTS"]) / f"{name}_voila.png"))
+    page.close()
