@@ -122,11 +122,36 @@ def open_and_run(page, address: str, token: str, name: str) -> None:
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
 
 
-def keep(page, what: str, name: str, width: int, theme: str, tmp_path: Path) -> Path:
+WATCH = """() => {
+    window.told = []
+    const look = () => {
+        const words = document.querySelector('.ft-panel .ft-status')?.textContent
+        if (words && words !== window.told.at(-1)?.[1]) window.told.push([Date.now(), words])
+    }
+    look()
+    new MutationObserver(look).observe(document.body, {subtree: true, childList: true, characterData: true})
+    document.addEventListener('click', () => { window.pressed = Date.now() }, true)
+}"""
+SAID = "words => window.told.find(([at, said]) => at >= window.pressed && said.startsWith(words))?.[0]"
+
+
+def press(page, button: str, words: str, run) -> tuple[float, float]:  # seconds until the command was written, and until the panel said so
+    "Press a button from the keyboard, wait until the panel acknowledges it, and let the clocks of browser and kernel tell how long that took."
+    n = len(run.commands())
+    page.evaluate(WATCH)
+    page.locator(f".ft-panel .{button}").first.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(SAID, arg=words)
+    pressed, said = page.evaluate("window.pressed"), page.evaluate(SAID, words)
+    assert len(run.commands()) == n + 1
+    return run.commands()[-1]["time"] - pressed / 1000, (said - pressed) / 1000
+
+
+def keep(page, what: str, name: str, width: int, theme: str, tmp_path: Path, height: int = 1600) -> Path:
     "Take a picture of a part of the page, at a width and in a theme."
     folder = Path(os.environ.get("FTLLM_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
-    page.set_viewport_size({"width": width + 164, "height": 1100})  # Lab's own margins
+    page.set_viewport_size({"width": width + 164, "height": height})  # Lab's own margins
     page.evaluate(f"() => window.jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}})")
     page.wait_for_function(f"document.body.dataset.jpThemeLight === '{str('Light' in theme).lower()}'")
     page.wait_for_timeout(400)  # the style sheet of the theme is still being painted
@@ -134,7 +159,7 @@ def keep(page, what: str, name: str, width: int, theme: str, tmp_path: Path) -> 
     return folder / f"{name}.png"
 
 
-def test_panel_moves_and_is_steered(lab, browser, tmp_path):
+def test_panel_moves_and_is_steered(lab, browser, tmp_path, record_property):
     ready, token, root = lab
     address, folder = ready(), tmp_path / "run"
     write_notebook(root / "panel.ipynb", folder)
@@ -153,25 +178,27 @@ def test_panel_moves_and_is_steered(lab, browser, tmp_path):
     keep(page, ".ft-panel", "panel_running_1100", 1100, "JupyterLab Light", tmp_path)
     if os.environ.get("FTLLM_SCREENSHOTS"): keep(page, ".ft-panel", "panel_running_dark_640", 640, "JupyterLab Dark", tmp_path)
 
-    button = page.locator(".ft-pause")
-    button.click()
+    took = {"pause": press(page, "ft-pause", "Pause", run)}  # no mouse is needed
     page.wait_for_function("document.querySelector('.ft-pause')?.textContent === 'Resume'")
     assert run.state == "paused"
     page.get_by_role("button", name="LR × 0.5").click()
     page.wait_for_function("document.querySelector('.ft-live')?.textContent.includes('Learning rate × 0.5')")
     if os.environ.get("FTLLM_SCREENSHOTS"): keep(page, ".ft-panel", "panel_paused_1100", 1100, "JupyterLab Light", tmp_path)
-    button.focus()
-    page.keyboard.press("Enter")  # no mouse is needed
+    took["resume"] = press(page, "ft-pause", "Resume", run)
     page.wait_for_function("document.querySelector('.ft-pause')?.textContent === 'Pause'")
     applied = run.events("command_applied")
     assert [e["command"] for e in applied] == ["pause", "set", "resume"] and applied[1]["learning_rate"] * 2 == applied[1]["before"]
 
-    page.locator(".ft-stop").click()
+    took["learning rate"] = press(page, "ft-set", "Learning rate × 0.5", run)
+    took["stop"] = press(page, "ft-stop", "Stop", run)
+    for command, (written, said) in took.items():
+        record_property(command, f"written after {written:.3f} s, acknowledged after {said:.3f} s")
+        assert written < 1 and said < 1, took
     picture = ".jp-OutputArea-output .look"  # at the end, a static picture takes the place of the panel
     ended = f"document.querySelector('{picture}')?.textContent.includes('Stopped, step')"
     page.wait_for_function(f"{ended} && !document.querySelector('.ft-panel')")
     assert run.wait(timeout=30) == "stopped" and run.events()[-1]["event"] == "run_stopped"
-    assert [c["command"] for c in run.commands()] == ["pause", "set", "resume", "stop"] and run.verify().torn == 0
+    assert [c["command"] for c in run.commands()] == ["pause", "set", "resume", "set", "stop"] and run.verify().torn == 0
     assert "applied" in page.locator(picture).inner_text() and (folder / run.events()[-1]["checkpoint"] / "manifest.json").exists()
 
     page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")

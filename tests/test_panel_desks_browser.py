@@ -9,25 +9,12 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
-from test_panel_browser import CHROMIUM, MISSING, browser, keep, lab, open_and_run, voila  # noqa: F401, the fixtures
+from test_panel_browser import CHROMIUM, MISSING, browser, keep, lab, open_and_run, press, voila  # noqa: F401, the fixtures
 from test_panels_browser import check_rules
 
 from fine_tune_llm.training.launch import launch
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM or bool(MISSING), reason="needs " + " and ".join(MISSING or ["a chromium"]))]
-
-WATCH = """() => {
-    window.told = []
-    const look = () => {
-        const words = document.querySelector('.ft-panel .ft-status')?.textContent
-        if (words && words !== window.told.at(-1)?.[1]) window.told.push([Date.now(), words])
-    }
-    look()
-    new MutationObserver(look).observe(document.body, {subtree: true, childList: true, characterData: true})
-    document.addEventListener('click', () => { window.pressed = Date.now() }, true)
-}"""
-SAID = "words => window.told.find(([at, said]) => at >= window.pressed && said.startsWith(words))?.[0]"
-
 
 def write_notebook(path: Path, folder: Path) -> None:
     "Write a notebook that attaches to a run."
@@ -41,7 +28,7 @@ def run(tmp_path):
     words = "morning evening street garden window river letter kitchen market school bridge forest".split()
     lines = [f"{a} and {b} in the {w},{w}" for w in ("rain", "sun") for i, a in enumerate(words) for b in words[:i]]
     (tmp_path / "rows.csv").write_text("\n".join(["text,label", *lines]) + "\n")
-    config = dict(data=dict(path=str(tmp_path / "rows.csv")), model=dict(device="cpu"), training=dict(epochs=5000, lora=dict(r=4), batch_size=16, learning_rate=1e-3))
+    config = dict(data=dict(path=str(tmp_path / "rows.csv")), model=dict(device="cpu"), training=dict(epochs=800, lora=dict(r=4), batch_size=16, learning_rate=1e-3))
     run = launch(config, out=tmp_path / "run")
     try: yield run
     finally:
@@ -59,17 +46,6 @@ class Desk:
         before = self.page.locator(".ft-live").inner_html()
         self.wait("before => document.querySelector('.ft-live')?.innerHTML !== before", before)
         self.wait("document.querySelectorAll('.ft-panel [role=alert]').length === 0")
-    def press(self, button: str, words: str, run) -> tuple[float, float]:  # seconds until the command was written, and until the panel said so
-        "Press a button from the keyboard, and wait until the panel acknowledges it."
-        n = len(run.commands())
-        self.page.evaluate(WATCH)
-        self.page.locator(f".ft-panel .{button}").first.focus()
-        self.page.keyboard.press("Enter")
-        self.wait(SAID, words)
-        pressed, said = self.page.evaluate("window.pressed"), self.page.evaluate(SAID, words)
-        written = run.commands()
-        assert len(written) == n + 1
-        return written[-1]["time"] - pressed / 1000, (said - pressed) / 1000
 
 
 def test_desks_of_one_run(lab, voila, browser, run, tmp_path, record_property):  # noqa: F811
@@ -83,16 +59,16 @@ def test_desks_of_one_run(lab, voila, browser, run, tmp_path, record_property): 
     for desk in (one, two): desk.sees_it_move()
     faces = "face => [...document.querySelectorAll('.ft-pause')].some(b => b.textContent === face)"
 
-    took["pause"] = one.press("ft-pause", "Pause", run)  # asked at one desk, seen at both
+    took["pause"] = press(one.page, "ft-pause", "Pause", run)  # asked at one desk, seen at both
     for desk in (one, two): desk.wait(faces, "Resume")
     assert run.state == "paused"
-    took["learning rate"] = two.press("ft-set", "Learning rate × 0.5", run)
+    took["learning rate"] = press(two.page, "ft-set", "Learning rate × 0.5", run)
     for desk in (one, two): desk.wait("() => document.querySelector('.ft-live')?.textContent.includes('Learning rate × 0.5')")
 
     one.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
     one.page.reload()  # the kernel goes on, the page finds its panel again
     one.wait("() => document.querySelector('.ft-panel .ft-status')?.textContent.startsWith('Learning rate × 0.5')")
-    took["resume"] = one.press("ft-pause", "Resume", run)
+    took["resume"] = press(one.page, "ft-pause", "Resume", run)
     for desk in (one, two): desk.wait(faces, "Pause")
     one.sees_it_move()
 
@@ -101,7 +77,7 @@ def test_desks_of_one_run(lab, voila, browser, run, tmp_path, record_property): 
     one.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")  # attach again
     one.wait("() => document.querySelector('.ft-panel .ft-status')?.textContent.startsWith('Resume')")
     one.sees_it_move()
-    took["evaluate"] = one.press("ft-evaluate", "Evaluate", run)
+    took["evaluate"] = press(one.page, "ft-evaluate", "Evaluate", run)
     check_rules(one.page)
     keep(one.page, ".ft-panel", "training_1100_light", 1100, "JupyterLab Light", tmp_path)
     keep(one.page, ".ft-panel", "training_640_dark", 640, "JupyterLab Dark", tmp_path)
@@ -111,7 +87,7 @@ def test_desks_of_one_run(lab, voila, browser, run, tmp_path, record_property): 
     three.page.goto(f"{voila_ready()}/voila/render/three.ipynb")
     three.sees_it_move()
     if os.environ.get("FTLLM_SCREENSHOTS"): three.page.locator(".ft-panel").first.screenshot(path=str(Path(os.environ["FTLLM_SCREENSHOTS"]) / "training_voila.png"))
-    took["stop"] = three.press("ft-stop", "Stop", run)
+    took["stop"] = press(three.page, "ft-stop", "Stop", run)
     assert run.wait(timeout=60) == "stopped" and run.verify().torn == 0
     for desk in (one, two, three): desk.wait("() => [...document.querySelectorAll('.look')].some(e => e.textContent.includes('Stopped, step'))")
 

@@ -120,10 +120,57 @@ def test_panels_in_lab(lab, browser, tmp_path):  # noqa: F811
     work(page)
     describe(page)
     check_rules(page)
-    if os.environ.get("FTLLM_SCREENSHOTS"):
+    for width, theme in ((1100, "Light"), (640, "Dark")):
         for i, name in enumerate(PANELS):
-            for width, theme in ((1100, "Light"), (640, "Dark")):
-                assert keep(page, f":nth-match(.ft-panel, {i + 1})", f"{name}_{width}_{theme.lower()}", width, f"JupyterLab {theme}", tmp_path).stat().st_size > 10_000
+            assert keep(page, f":nth-match(.ft-panel, {i + 1})", f"{name}_{width}_{theme.lower()}", width, f"JupyterLab {theme}", tmp_path).stat().st_size > 10_000
+    check_rules(page)  # in the dark too
+    assert page.evaluate("() => [...document.querySelectorAll('.ft-panel')].every(p => p.scrollWidth <= p.clientWidth + 1)")  # all of it fits
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    page.close()
+
+
+MANY = """
+import tempfile, time
+from pathlib import Path
+from fine_tune_llm.core.runs import Run
+from fine_tune_llm.panels.training import TrainingPanel
+run = Run.create(Path(tempfile.mkdtemp()) / "run")
+run.log("run_started", total_steps=400, epochs=1, rows=400, device="cpu", dtype="float32")
+def step(s):
+    run.log("step", step=s, epoch=s / 400, loss=0.4 + 1 / s, learning_rate=1e-4, rows_per_second=50.0)
+    if s % 50 == 0: run.log("evaluated", step=s, nll=0.4 + 1 / s, accuracy=0.9, ece=0.03, ece_low=0.02, ece_high=0.04)
+for s in range(1, 101): step(s)
+panel = TrainingPanel(run)
+panel.publisher.close()
+"""
+UPDATES = "for s in range(101, 301): step(s), panel.refresh(), time.sleep(0.015)"
+FRAMES = """() => {
+    window.frames_seen = []
+    const frame = () => {
+        const live = document.querySelector('.ft-live')
+        window.frames_seen.push([live?.getBoundingClientRect().height ?? 0, live?.querySelectorAll('svg[role=img] path').length ?? 0])
+        requestAnimationFrame(frame)
+    }
+    requestAnimationFrame(frame)
+}"""
+
+
+def test_no_frame_collapses(lab, browser):  # noqa: F811
+    "Two hundred updates, and not one frame in which the figure is gone or lower than before."
+    ready, token, root = lab
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(new_notebook(cells=[new_code_cell(MANY), new_code_cell("panel")], metadata=kernel), root / "many.ipynb")
+    page = browser.new_page()
+    page.set_default_timeout(60_000)
+    open_and_run(page, ready(), token, "many.ipynb")
+    page.wait_for_function("document.querySelectorAll('.ft-live svg[role=img]').length === 6")
+    page.wait_for_function("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'")
+    page.evaluate(FRAMES)
+    page.evaluate("code => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code}).done", UPDATES)
+    page.wait_for_function("/Running, step 300/.test(document.querySelector('.ft-panel')?.textContent)")
+    seen = page.evaluate("window.frames_seen")
+    heights, paths = [h for h, _ in seen], [n for _, n in seen]
+    assert len(seen) > 50 and min(heights) > 0.95 * max(heights) > 100 and min(paths) >= 6, (len(seen), min(heights), max(heights), min(paths))
     page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
     page.close()
 

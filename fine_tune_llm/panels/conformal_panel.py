@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALPHAS', 'SetGrid', 'rows_by', 'set_grid', 'rate_curve', 'coverage_of', 'grid_title', 'draw_grid', 'ConformalPanel',
-           'typed_set']
+           'typed_set', 'say_set']
 
 # %% ../../nbs/panels/640_conformal_panel.ipynb #imports
 from collections.abc import Callable, Sequence
@@ -145,6 +145,7 @@ class ConformalPanel(FigurePanel):
         self.set_trait("alpha", alpha)
         for name, value in (("score", score), ("guarantee", guarantee), ("group", group)): self.set_trait(name, value)
         super().__init__(controls, below=[self.set_line])
+        self.observe(guard(self, lambda _: say_set(self)), list(controls))  # after the figure
 
     @validate("alpha")
     def _on_the_grid(self, proposal: Any) -> float:
@@ -163,10 +164,7 @@ class ConformalPanel(FigurePanel):
             self.grids[key] = fitted, set_grid(fitted, self.test, self.group)
         return self.grids[key]
 
-    def draw(self) -> Drawn:
-        drawn = draw_grid(self.kept()[1], self.alpha, self.score)
-        self.set_line.value = guard(self, typed_set)(self) or ""
-        return drawn
+    def draw(self) -> Drawn: return draw_grid(self.kept()[1], self.alpha, self.score)
 
 # %% ../../nbs/panels/640_conformal_panel.ipynb #typed
 def typed_set(panel: Any,  # a ConformalPanel
@@ -178,3 +176,10 @@ def typed_set(panel: Any,  # a ConformalPanel
     names = panel.classifier().predict(one, panel.alpha).names(0)
     held = ", ".join(f"<b>{escape(n)}</b> {num(float(probs[0, list(panel.test.labels).index(n)]))}" for n in names)
     return f'<div class="look"><div role="status" aria-live="polite">Set at \u03b1 = {num(panel.alpha, 2)}: {held or "empty: ask a person"}</div></div>'
+
+# %% ../../nbs/panels/640_conformal_panel.ipynb #say
+def say_set(panel: Any,  # a ConformalPanel
+           ) -> None:
+    "Write the set of the typed text under the figure, or an error above it."
+    panel.set_line.value = ""
+    panel.set_line.value = typed_set(panel)
