@@ -208,6 +208,7 @@ HARMLESS = {"b", "br", "desc", "details", "div", "figure", "g", "h3", "h4", "i",
 
 def test_hostile_text_is_inert(panel):
     if panel.kind == "conformal": panel.text = EVIL
+    if panel.kind == "calibration": panel.group = f"channel = {EVIL}"
     if panel.kind == "audit": panel.group, panel.texts = f"channel = {EVIL}", True
     if panel.kind == "training":
         panel.run.command("set", learning_rate=1e-4)

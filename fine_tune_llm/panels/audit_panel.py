@@ -194,7 +194,7 @@ class AuditPanel(VBox):
         "Free every widget, and leave a picture where the panel was."
         if self.comm is None: return
         for bound in self.links: bound.unlink()
-        close_all(self.children)
+        close_all((*self.children, self.trail))  # without a dossier the trail has no place
         self.layout.close()
         super().close()
         if self.shown: self.shown.update(self.still(), raw=True)
