@@ -32,7 +32,7 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     "read_rows": "data.files", "load_rows": "data.forms",
     "load_model": "models.loading", "finetune": "training.trainer", "launch": "training.launch",
     **dict.fromkeys(("load_pairs", "load_judgements", "split_pairs"), "training.choices"), "prefer": "training.preference", "sweep": "training.sweeps",
-    "TrainingPanel": "panels.training", "compare_runs": "panels.compare_runs", "DataPanel": "panels.data_panel", "AuditPanel": "panels.audit_panel",
+    "TrainingPanel": "panels.training", "StartPanel": "panels.start_panel", "compare_runs": "panels.compare_runs", "DataPanel": "panels.data_panel", "AuditPanel": "panels.audit_panel",
     "CalibrationPanel": "panels.calibration_panel", "ConformalPanel": "panels.conformal_panel", "RiskPanel": "panels.risk_panel",
     **dict.fromkeys(("Bundle", "bundle", "load_bundle"), "apps.bundle"),
 }
