@@ -25,6 +25,7 @@ from fine_tune_llm.panels.curves import Mark
 from fine_tune_llm.panels.data_panel import DataPanel, class_bars
 from fine_tune_llm.panels.figure_panel import held
 from fine_tune_llm.panels.risk_panel import RiskPanel, cost_table
+from fine_tune_llm.panels.start_panel import StartPanel
 from fine_tune_llm.panels.training import LINE, TrainingPanel, neighbours
 from fine_tune_llm.uncertainty.calibration import TemperatureScaling
 from fine_tune_llm.uncertainty.predictions import Predictions
@@ -158,6 +159,22 @@ def test_what_a_control_does_not_offer_is_refused_everywhere(world, tmp_path):
         with pytest.raises(Exception, match="cannot be|alpha is 0.9"): setattr(panel, trait, wrong)
         assert (getattr(panel, trait), shown(panel)) == before and panel.controls[trait].value == before[0]
         panel.close()
+
+
+@pytest.mark.slow
+def test_a_form_starts_a_process_of_its_own(tmp_path):
+    "The whole way: boxes, a checked configuration, a process, and its panel below the form."
+    (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(f"a {'red' if i % 2 else 'blue'} house number {i},{'red' if i % 2 else 'blue'}" for i in range(80)))
+    form = StartPanel({"data.path": str(tmp_path / "rows.csv")}, out=tmp_path / "run")
+    message(form.boxes["training.epochs"], value=1)
+    message(form.more, value="model: {device: cpu}\ntraining: {lora: {r: 4}}")
+    click(form.button)
+    assert form.last_error is None and isinstance(form.panel, TrainingPanel)
+    try: assert form.run.wait(300) == "finished"
+    finally: form.run.process.kill()
+    form.panel.publisher.thread.join(30)
+    assert "Finished" in form.panel.head.value and form.panel.last_error is None and form.run.events("run_started")[0]["epochs"] == 1
+    form.close()
 
 
 # What is left behind

@@ -114,10 +114,10 @@ class Review(Box):
 AUDIT_CSS = PANEL_CSS + """
 .ft-audit{container-type:inline-size}.ft-audit .widget-html-content{min-width:0;width:100%}.ft-audit .look{padding-bottom:6px}
 .ft-audit .look h4{font-size:13px;font-weight:600;margin:18px 0 4px;padding-top:10px;border-top:1px solid var(--rule)}
-.ft-audit .quiet,.look .quiet{color:var(--dim)}.look .wide-table{overflow-x:auto}
-.look.look .gaps th[scope=row]{line-height:1.35}.look.look .gaps tr.line>*{padding-top:2px;padding-bottom:2px}
-.look.look tbody th{vertical-align:middle}.look.look td.long{min-width:180px}.look.look th.long{min-width:90px;overflow-wrap:anywhere}
-.look ul{margin:4px 0;padding-left:18px}.look.look .mark{width:1px;padding-right:0}
+.ft-audit .quiet{color:var(--dim)}.ft-audit .look .wide-table{overflow-x:auto}
+.ft-audit .look.look .gaps th[scope=row]{line-height:1.35}.ft-audit .look.look .gaps tr.line>*{padding-top:2px;padding-bottom:2px}
+.ft-audit .look.look tbody th{vertical-align:middle}.ft-audit .look.look td.long{min-width:180px}.ft-audit .look.look th.long{min-width:90px;overflow-wrap:anywhere}
+.ft-audit .look ul{margin:4px 0;padding-left:18px}.ft-audit .look.look .mark{width:1px;padding-right:0}
 .ft-audit .ft-choices,.ft-audit .ft-review,.ft-audit .ft-out{flex-wrap:wrap;gap:8px 14px;padding:2px 20px 8px;align-items:center;overflow:visible}
 .ft-audit .ft-field{width:auto;margin:0;height:auto}.ft-audit .ft-field>label.widget-label{width:auto;margin-right:6px;color:var(--jp-ui-font-color1,#212121)}
 .ft-audit .ft-field select,.ft-audit .ft-field input[type=text]{height:32px;min-width:120px;width:170px}
@@ -126,8 +126,8 @@ AUDIT_CSS = PANEL_CSS + """
 .ft-audit .ft-field :is(select,input,textarea):focus-visible{outline:2px solid #0072b2}
 [data-jp-theme-light="false"] .ft-audit :is(select,input){color-scheme:dark}.ft-audit select{appearance:auto;background-image:none}
 .ft-audit .ft-status{padding:0 20px}.ft-audit .ft-status div{min-height:1.45em}
-@container (max-width:760px){.look.look .gaps .rate{display:none}.look.look .gaps td,.look.look .gaps th{padding-right:8px}}
-@container (max-width:560px){.look.look .gaps .said{display:none}}
+@container (max-width:760px){.ft-audit .look.look .gaps .rate{display:none}.ft-audit .look.look .gaps td,.ft-audit .look.look .gaps th{padding-right:8px}}
+@container (max-width:560px){.ft-audit .look.look .gaps .said{display:none}}
 @media print{.ft-audit :is(.ft-choices,.ft-review,.ft-out){display:none}}
 """
 

@@ -101,7 +101,7 @@ def cost_curve(table: DecisionTable,  # of the test rows
     c, left = float(table.prices[j]), table.n - table.rows[j]
     es = [mean_of(s, q, table.n) for s, q in zip(table.cost[j] + c * left, table.square[j] + c * c * left)][::-1]
     at, values = GRID[::-1].tolist(), [e.value for e in es]
-    top = ceiling([e.high for e in es] + [c])
+    top = ceiling([e.high for e in es] + [1.1 * c])  # room for the words above the line
     p = Plot("Cost of a row against threshold", f"From {num(values[0], 2)} to {num(values[-1], 2)}; a person costs {num(c, 2)}.", (0, 1), (0, top), left=44).yaxis(decimals(top), 4)
     p.band(at, [e.low for e in es], [e.high for e in es], "wash blue").line(at, values, "blue")
     p.seg(0, c, 1, c, "thin dash ink").text(1, c, f"a person {num(c, 2)}", "halo", -4, -6, "end")
