@@ -164,16 +164,18 @@ def test_what_a_control_does_not_offer_is_refused_everywhere(world, tmp_path):
 @pytest.mark.slow
 def test_a_form_starts_a_process_of_its_own(tmp_path):
     "The whole way: boxes, a checked configuration, a process, and its panel below the form."
-    (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(f"a {'red' if i % 2 else 'blue'} house number {i},{'red' if i % 2 else 'blue'}" for i in range(80)))
+    words = "morning evening street garden window river letter kitchen market school bridge forest harbour tower station island meadow winter".split()
+    lines = [f"{a} and {b} in the {w},{w}" for w in ("rain", "sun") for i, a in enumerate(words) for b in words[:i]]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     form = StartPanel({"data.path": str(tmp_path / "rows.csv")}, out=tmp_path / "run")
-    message(form.boxes["training.epochs"], value=1)
+    message(form.boxes["training.epochs"], value=4), message(form.boxes["training.learning_rate"], value=3e-3), message(form.boxes["training.batch_size"], value=16)
     message(form.more, value="model: {device: cpu}\ntraining: {lora: {r: 4}}")
     click(form.button)
     assert form.last_error is None and isinstance(form.panel, TrainingPanel)
     try: assert form.run.wait(300) == "finished"
     finally: form.run.process.kill()
     form.panel.publisher.thread.join(30)
-    assert "Finished" in form.panel.head.value and form.panel.last_error is None and form.run.events("run_started")[0]["epochs"] == 1
+    assert "Finished" in form.panel.head.value and form.panel.last_error is None and form.run.events("run_started")[0]["epochs"] == 4
     form.close()
 
 
