@@ -20,6 +20,7 @@ from fine_tune_llm.panels.calibration_panel import CalibrationPanel
 from fine_tune_llm.panels.conformal_panel import ConformalPanel
 from fine_tune_llm.panels.data_panel import DataPanel
 from fine_tune_llm.panels.risk_panel import RiskPanel
+from fine_tune_llm.panels.start_panel import StartPanel
 from fine_tune_llm.uncertainty.predictions import Predictions
 
 EVIL = "<img src=x onerror=window.hacked=1>"
@@ -35,7 +36,7 @@ rows = [dict(text=f"{EVIL} please refund order {i}", label=("Refund", "refund ",
 """
 PANELS = {"data": "DataPanel(check_data(rows, text='text', label='label'))", "calibration": "CalibrationPanel(validation, test)",
           "conformal": "ConformalPanel(calibration, test, answer=lambda text: [0.6, 0.3, 0.1])",
-          "risk": "RiskPanel(calibration, test, abstain_cost=0.3, max_risk=0.2)"}
+          "risk": "RiskPanel(calibration, test, abstain_cost=0.3, max_risk=0.2)", "start": "StartPanel()"}
 
 
 def write_notebook(path: Path) -> None:
@@ -63,8 +64,8 @@ class Seat:
 
 def work(page) -> None:
     "Use every panel of the page, and check what it says."
-    page.wait_for_function("document.querySelectorAll('.ft-panel h3').length >= 4")
-    data, calibration, conformal, risk = (Seat(page, i) for i in range(4))
+    page.wait_for_function("document.querySelectorAll('.ft-panel h3').length >= 5")
+    data, calibration, conformal, risk, start = (Seat(page, i) for i in range(5))
     assert "would stop training" in data.title()
     data.panel.locator(".ft-accept button, button.ft-accept").first.focus()
     page.keyboard.press("Enter")
@@ -85,6 +86,11 @@ def work(page) -> None:
 
     assert "% of test rows are answered" in risk.title()
     assert "certified 0.205" in risk.press(".ft-max-risk .noUi-handle", "ArrowRight")
+    assert start.panel.locator("button.ft-start").is_disabled()
+    start.panel.locator(".ft-path input").focus()
+    page.keyboard.type("nowhere.csv")
+    page.keyboard.press("Tab")
+    page.wait_for_function("document.querySelectorAll('.ft-panel')[4].innerText.includes('there is no file nowhere.csv')")
     assert page.evaluate("window.hacked === undefined") and page.locator(".ft-panel img").count() == 0
     assert page.locator(".ft-panel [role=alert]").count() == 0
 
