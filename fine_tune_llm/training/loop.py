@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['epoch_order', 'EpochOrder', 'refuse_unknown', 'schedule_options', 'Settings', 'check_settings', 'parameter_groups',
-           'training_arguments', 'refuse_broken', 'ordered_trainer', 'torch_zero', 'class_rows', 'class_collate',
-           'make_trainer']
+           'training_arguments', 'refuse_broken', 'ordered_trainer', 'torch_zero', 'class_rows', 'with_idle',
+           'class_collate', 'make_trainer']
 
 # %% ../../nbs/training/526_loop.ipynb #imports
 import math
@@ -42,11 +42,13 @@ def epoch_order(lengths: Sequence[int],  # tokens of each row
 # %% ../../nbs/training/526_loop.ipynb #sampler
 class EpochOrder:
     "Give a data loader the order of the epoch that it is told."
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, processes: int = 1):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        self.idle = -len(lengths) % batch_size if processes > 1 else 0  # places in the last step
     def set_epoch(self, epoch: int) -> None: self.epoch = epoch
-    def __len__(self) -> int: return len(self.lengths)
-    def __iter__(self) -> Iterator[int]: return iter(epoch_order(self.lengths, self.batch_size, self.seed, self.epoch))
+    def __len__(self) -> int: return len(self.lengths) + self.idle
+    def __iter__(self) -> Iterator[int]:
+        return iter([*epoch_order(self.lengths, self.batch_size, self.seed, self.epoch), *[len(self.lengths)] * self.idle])
 
 # %% ../../nbs/training/526_loop.ipynb #neighbours
 def refuse_unknown(what: str,  # the dial, such as "scheduler"
@@ -163,15 +165,15 @@ def ordered_trainer(lengths: Sequence[int],  # tokens of each row, for batches o
     from transformers import Trainer
     class OrderedTrainer(Trainer):
         seen: tuple[str, ...] = ()  # ids of the rows in this step
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any: return EpochOrder(lengths, settings.batch_size, settings.seed)
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any: return EpochOrder(lengths, settings.batch_size, settings.seed, world()[1])
         def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:  # number or tensor
             self.seen = tuple(names[i] for b in batch_samples for i in b["rows"])
-            return max(1, mean_count(sum(items(part) for b in batch_samples for part in b["parts"])))
+            return max(1, mean_count(sum(items(part) for b in batch_samples if b["rows"] for part in b["parts"])))
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             model.train()
             rows, total = [names[i] for i in inputs.pop("rows")], torch_zero(self.args.device)
             for part in self._prepare_inputs(inputs)["parts"]:
-                with self.compute_loss_context_manager(): value = loss(model, part) / num_items_in_batch
+                with self.compute_loss_context_manager(): value = loss(model, part) / num_items_in_batch * bool(rows)
                 refuse_broken(value.detach(), "loss", self.state.global_step + 1, rows)
                 self.accelerator.backward(value)
                 total = total + value.detach()
@@ -199,11 +201,16 @@ def class_rows(ids: Sequence[list[int]], y: np.ndarray) -> list[dict[str, Any]]:
     "Lay out the rows of a classifier."
     return [{"input_ids": i, "labels": int(k), "row": n} for n, (i, k) in enumerate(zip(ids, y))]
 
+def with_idle(rows: list[dict[str, Any]], processes: int) -> list[dict[str, Any]]:  # one more, without a number, for idle places
+    "Let several processes end an epoch together."
+    return [*rows, {**rows[0], "row": -1}] if processes > 1 else rows
+
 def class_collate(batch: Sequence[Mapping[str, Any]],  # of `class_rows`
                   pad: Callable[[list[dict[str, Any]]], Any],  # transformers' DataCollatorWithPadding
                  ) -> dict[str, Any]:  # one part, and the numbers of its rows
     "Pad rows to one length."
-    return {"parts": [pad([{k: r[k] for k in ("input_ids", "labels")} for r in batch])], "rows": [r["row"] for r in batch]}
+    known = [r for r in batch if r["row"] >= 0]
+    return {"parts": [pad([{k: r[k] for k in ("input_ids", "labels")} for r in known or batch[:1]])], "rows": [r["row"] for r in known]}
 
 # %% ../../nbs/training/526_loop.ipynb #trainer
 def make_trainer(model: Model, module: Any, ids: list[list[int]], y: np.ndarray, settings: Settings, work: Path, listener: Any,
@@ -219,7 +226,7 @@ def make_trainer(model: Model, module: Any, ids: list[list[int]], y: np.ndarray,
         if p.requires_grad: p.data = p.data.float()
     kind = ordered_trainer([len(i) for i in ids], names if len(names) else [*map(str, range(len(ids)))], loss, lambda part: len(part["labels"]), settings)
     steps = math.ceil(len(ids) / settings.batch_size) * settings.epochs
-    trainer = kind(module, training_arguments(model, settings, work, steps), train_dataset=class_rows(ids, y),
+    trainer = kind(module, training_arguments(model, settings, work, steps), train_dataset=with_idle(class_rows(ids, y), world()[1]),
                    data_collator=lambda batch: class_collate(batch, pad), callbacks=[listener])
     trainer.remove_callback(PrinterCallback)
     return trainer
