@@ -62,5 +62,5 @@ def test_class_names_as_answers(tmp_path: Path) -> None:
     data = ft.load_data(QUESTIONS, sizes=(0.6, 0.1, 0.1, 0.2), near=None)
     model = ft.load_model(STORIES, task="label-words", device="cpu")
     run = ft.finetune(model, data, lora=dict(r=8, lora_dropout=0.0), epochs=4, learning_rate=1e-2, batch_size=8, out=tmp_path / "words", progress=False)
-    probabilities = run.predict(data.test).probs
+    probabilities = run.predict(data.test).probabilities
     assert np.allclose(probabilities.sum(1), 1) and (probabilities.argmax(1) == data.test.y).mean() > 0.8
