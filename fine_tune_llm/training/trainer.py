@@ -29,7 +29,7 @@ from .corpus import Corpus
 from .fingerprint import digest, flatten, library_versions, refuse_differences
 from .loop import Settings
 from .processes import connect, gather, world
-from .sitting import close_run, note_failure, sitting, steady, take_over
+from .sitting import close_run, note_failure, sitting, take_over
 from fine_tune_llm.training.tasks import (
     base_module,
     check_task,
@@ -118,7 +118,7 @@ def train_module(run: TrainingRun, resume: bool, progress: Callable[[int, int, s
     from fine_tune_llm.training.stopping import Referee, load_standing
     model, data, settings = run.model, run.data, run.settings
     assert model and data
-    module = steady(add_adapter(base_module(model, data, settings), settings.lora, settings.seed))
+    module = add_adapter(base_module(model, data, settings), settings.lora, settings.seed)
     place, measure = checkpoint_to_resume(run) if resume else None, measuring(model, module, data, settings)
     listener = Listener(run, dict(rows=len(data.train), task=model.task, device=model.device, dtype=model.dtype, **describe(module)), flag, measure, progress)
     trainer = task_trainer(model, module, data, settings, run.path / "checkpoints" / ".work", listener, run_plan(run))
