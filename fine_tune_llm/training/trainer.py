@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_fingerprint', 'TrainingRun', 'trained_module', 'predict_split', 'train_run', 'train_module', 'run_plan',
-           'finish_run', 'checkpoint_to_resume', 'written_fingerprint', 'open_run', 'run_sections', 'fresh_folder',
-           'reopen_finished', 'progress_bar', 'finetune']
+           'finish_run', 'reads_alike', 'checkpoint_to_resume', 'written_fingerprint', 'open_run', 'run_sections',
+           'fresh_folder', 'reopen_finished', 'progress_bar', 'finetune']
 
 # %% ../../nbs/training/530_trainer.ipynb #imports
 import threading
@@ -22,7 +22,7 @@ from ..core.errors import TrainingError
 from ..core.runs import Run, write_atomic
 from ..data.ledger import save_ledger
 from ..data.splits import Data, Split
-from ..models.adapters import add_adapter, describe
+from ..models.adapters import add_adapter, describe, save_adapter
 from ..models.loading import Model, quiet, weights_fingerprint
 from .checkpoints import last_checkpoint
 from .corpus import Corpus
@@ -87,6 +87,7 @@ def trained_module(run: TrainingRun) -> Any:  # a torch module with the adapter
     state = run.wait()
     if state not in ("finished", "stopped") or "module" not in run.box:
         raise TrainingError(f"the run is {state} and has no model", where=str(run.path), fix="call run.wait(), or resume it")
+    if run.box["module"] is None: reopen_finished(run)
     return run.box["module"]
 
 # %% ../../nbs/training/530_trainer.ipynb #predict
@@ -144,10 +145,15 @@ def finish_run(run: TrainingRun, module: Any, state: Any, listener: Any, referee
         run.log("run_stopped", step=state.global_step, checkpoint=f"checkpoints/step-{state.global_step:06}")
     else:
         put_weights(module, referee.weights)
-        if world()[0] == 0: module.save_pretrained(run.path / "adapter")
+        if world()[0] == 0: save_adapter(module, run.path / "adapter")
         gather("saved")
-        (run.path / "adapter" / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
+        if isinstance(run, TrainingRun) and not reads_alike(run.model, module): run.box["module"] = None
         run.log("run_finished", step=state.global_step, seconds=time.monotonic() - listener.began, **ending(referee))
+
+# %% ../../nbs/training/530_trainer.ipynb #reads-alike
+def reads_alike(model: Model | None, module: Any) -> bool:
+    "Tell whether a trained module has the form in which it will be read again."
+    return bool(model) and model.dtype == "float32" and not hasattr(module, "began")  # type: ignore[union-attr]
 
 # %% ../../nbs/training/530_trainer.ipynb #resume-point
 def checkpoint_to_resume(run: Run) -> str | None:  # the folder of the newest good checkpoint, None if none was written yet

@@ -1,0 +1,49 @@
+"""Every kind of adapter through `finetune`: trained for three steps, saved, opened again, and the same answers to the bit."""
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trainings as t
+
+import fine_tune_llm as ft
+from fine_tune_llm.models.adapters import load_adapter, save_adapter
+from fine_tune_llm.models.scoring import score_texts
+from fine_tune_llm.training.tasks import base_module
+from fine_tune_llm.training.trainer import finetune, trained_module
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {}, "qlora nf4": dict(load=dict(quantize="nf4")), "qlora int8": dict(load=dict(quantize="int8")), "dora": dict(lora=dict(method="dora", r=4)),
+    "rslora": dict(lora=dict(method="rslora", r=4)), "pissa": dict(lora=dict(method="pissa", r=4)), "lora+": dict(lora=dict(method="lora+", r=4)),
+    "full": dict(lora=dict(method="full")), "lora bfloat16": dict(load=dict(dtype="bfloat16")),
+    "full bfloat16": dict(lora=dict(method="full"), load=dict(dtype="bfloat16")),
+}
+QUICK = ("lora", "qlora nf4", "pissa", "full", "adalora", "lora bfloat16")
+FAST: dict[str, Any] = dict(epochs=1, learning_rate=2e-2, batch_size=8, progress=False)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: Any) -> str:
+    return str(t.tiny_llama(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def data() -> Any:
+    return ft.load_data(t.weather(8), sizes=(0.42, 0.2, 0.19, 0.19), near=None)
+
+
+@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+def test_a_kind_is_trained_saved_and_opened_again(base: str, data: Any, tmp_path: Path, kind: str) -> None:
+    how = dict(KINDS[kind])
+    model = ft.load_model(base, device="cpu", **how.pop("load", {}))
+    options = {**dict(lora=dict(r=4)), **how, **FAST}
+    run = finetune(model, data, out=tmp_path / "run", **options)
+    told, texts = run.score(data.test.texts), data.test.texts
+    assert run.events("run_finished")[0]["step"] == 3 and not [f for f in (run.path / "adapter").iterdir() if f.suffix not in (".json", ".safetensors")]
+    again = finetune(model, data, resume=run.path, **options)
+    assert np.array_equal(again.score(texts), told)
+    save_adapter(trained_module(run), tmp_path / "copy")  # what a bundle does
+    copied = load_adapter(base_module(model, data, run.settings), tmp_path / "copy")
+    run.box["module"] = copied
+    assert np.array_equal(run.score(texts), told)
+    assert np.abs(score_texts(model, base_module(model, data, run.settings), texts) - told).max() > 1e-2
