@@ -47,3 +47,32 @@ def test_a_kind_is_trained_saved_and_opened_again(base: str, data: Any, tmp_path
     run.box["module"] = copied
     assert np.array_equal(run.score(texts), told)
     assert np.abs(score_texts(model, base_module(model, data, run.settings), texts) - told).max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["lora+", "pissa", pytest.param("dora", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)])
+def test_a_kind_goes_on_to_the_same_bytes(base: str, data: Any, tmp_path: Path, kind: str) -> None:
+    model, options = ft.load_model(base, device="cpu"), {**KINDS[kind], **FAST, "epochs": 2}
+    whole = finetune(model, data, out=tmp_path / "whole", **options)
+    half = finetune(model, data, out=tmp_path / "half", background=True, **options)
+    half.stop()
+    assert half.wait() == "stopped" and half.events("run_stopped")[0]["step"] < 6
+    rest = finetune(model, data, resume=half.path, **options)
+    assert weights(rest.path) == weights(whole.path) and rest.events("run_finished")[0]["step"] == 6
+
+
+def weights(run: Path) -> list[bytes]: return [f.read_bytes() for f in sorted((run / "adapter").glob("*.safetensors"))]
+
+
+def test_b_learns_faster_and_the_head_as_before(base: str, data: Any) -> None:
+    "Each weight once, at the rate of its kind; plain LoRA keeps its two groups, of which checkpoints know the order."
+    from fine_tune_llm.models.adapters import add_adapter
+    from fine_tune_llm.training.loop import Settings, parameter_groups
+    def rates(lora: dict[str, Any]) -> dict[str, float]:
+        s = Settings(lora, learning_rate=1e-3)
+        module = add_adapter(base_module(ft.load_model(base, device="cpu"), data, s), lora)
+        groups = {id(p): g["lr"] for g in parameter_groups(module, s) for p in g["params"]}
+        return {n: groups[id(p)] for n, p in module.named_parameters() if p.requires_grad}
+    plus, plain, whole = rates(dict(r=2, plus_ratio=4)), rates(dict(r=2)), rates(dict(method="full"))
+    assert {("B" if "lora_B" in n else "A" if "lora_A" in n else "head", lr) for n, lr in plus.items()} == {("A", 1e-3), ("B", 4e-3), ("head", 0.02)}
+    assert {("head" if "lora_" not in n else "", lr) for n, lr in plain.items()} == {("", 1e-3), ("head", 0.02)}
+    assert [n for n, lr in whole.items() if lr == 0.02] == ["score.weight"]

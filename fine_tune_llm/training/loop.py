@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import TrainingError
-from ..models.adapters import lora_config
+from ..models.adapters import is_head, lora_config, lora_plus_groups, split_method
 from ..models.loading import Model
 from .class_losses import class_loss
 from .evaluation import MEASURES
@@ -118,9 +118,10 @@ def parameter_groups(module: Any,  # a model with an adapter
                      settings: Settings,
                     ) -> list[dict[str, Any]]:  # groups for a torch optimizer, the adapter's first
     "Give the adapter and the new head their own learning rates."
-    head_rate = settings.head_learning_rate or 20 * settings.learning_rate
+    head_rate, ratio = settings.head_learning_rate or 20 * settings.learning_rate, split_method(settings.lora)[1]
+    if ratio > 1: return lora_plus_groups(module, settings.learning_rate, ratio, head_rate, settings.weight_decay)
     def group(rate: float, decay: float, *parts: bool) -> dict[str, Any]:
-        params = [p for n, p in module.named_parameters() if p.requires_grad and ("modules_to_save" in n, n.endswith("bias")) == parts]
+        params = [p for n, p in module.named_parameters() if p.requires_grad and (is_head(n) and "lora_" not in n, n.endswith("bias")) == parts]
         return dict(params=params, lr=rate, weight_decay=decay)
     groups = [group(settings.learning_rate, settings.weight_decay, False, False), group(settings.learning_rate, 0.0, False, True),
               group(head_rate, settings.weight_decay, True, False), group(head_rate, 0.0, True, True)]
