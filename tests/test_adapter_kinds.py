@@ -7,6 +7,7 @@ import pytest
 import trainings as t
 
 import fine_tune_llm as ft
+from fine_tune_llm.core.errors import ConfigurationError
 from fine_tune_llm.models.adapters import load_adapter, save_adapter
 from fine_tune_llm.models.scoring import score_texts
 from fine_tune_llm.training.tasks import base_module
@@ -15,7 +16,7 @@ from fine_tune_llm.training.trainer import finetune, trained_module
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {}, "qlora nf4": dict(load=dict(quantize="nf4")), "qlora int8": dict(load=dict(quantize="int8")), "dora": dict(lora=dict(method="dora", r=4)),
     "rslora": dict(lora=dict(method="rslora", r=4)), "pissa": dict(lora=dict(method="pissa", r=4)), "lora+": dict(lora=dict(method="lora+", r=4)),
-    "full": dict(lora=dict(method="full")), "lora bfloat16": dict(load=dict(dtype="bfloat16")),
+    "adalora": dict(lora=dict(method="adalora", r=4)), "full": dict(lora=dict(method="full")), "lora bfloat16": dict(load=dict(dtype="bfloat16")),
     "full bfloat16": dict(lora=dict(method="full"), load=dict(dtype="bfloat16")),
 }
 QUICK = ("lora", "qlora nf4", "pissa", "full", "adalora", "lora bfloat16")
@@ -76,3 +77,35 @@ def test_b_learns_faster_and_the_head_as_before(base: str, data: Any) -> None:
     assert {("B" if "lora_B" in n else "A" if "lora_A" in n else "head", lr) for n, lr in plus.items()} == {("A", 1e-3), ("B", 4e-3), ("head", 0.02)}
     assert {("head" if "lora_" not in n else "", lr) for n, lr in plain.items()} == {("", 1e-3), ("head", 0.02)}
     assert [n for n, lr in whole.items() if lr == 0.02] == ["score.weight"]
+
+
+@pytest.mark.parametrize("task", ["classification", "sft"])
+def test_adalora_takes_rank_away(base: str, data: Any, tmp_path: Path, task: str) -> None:
+    "From 6 to 4 on average, during the run, with the penalty counted once however a step is split."
+    import torch
+    model, losses = ft.load_model(base, task=task, device="cpu"), {}
+    asked = [dict(prompt=r["text"], completion=" it is " + r["label"]) for r in t.weather(6)]
+    for accumulate in (1, 4):
+        run = finetune(model, data if task == "classification" else asked, lora=dict(method="adalora", r=4, lora_dropout=0.0), out=tmp_path / str(accumulate),
+                       accumulate=accumulate, exact=True, **{**FAST, "epochs": 4})
+        losses[accumulate] = [e["loss"] for e in run.events("step")]
+    assert len(losses[1]) == len(losses[4]) > 8 and np.allclose(losses[1], losses[4], atol=2e-3)
+    ranks = [int((p != 0).sum()) for n, p in trained_module(run).named_parameters() if "lora_E" in n]
+    whole = [p.numel() for n, p in trained_module(run).named_parameters() if "lora_E" in n]
+    assert ranks == whole and sum(ranks) == 4 * len(ranks) and len(set(ranks)) > 1 and max(ranks) <= 6
+    if task == "sft": assert run.read_json("plan.json")["selective"] and run.read_json("plan.json")["packed"]
+    opened = finetune(model, data if task == "classification" else asked, lora=dict(method="adalora", r=4, lora_dropout=0.0), resume=run.path,
+                      accumulate=4, exact=True, **{**FAST, "epochs": 4})
+    batch = model.tokenizer("morning and street in the rain", return_tensors="pt")
+    with torch.no_grad(): assert torch.allclose(trained_module(opened)(**batch).logits, trained_module(run)(**batch).logits, atol=1e-4)
+
+
+def test_adalora_is_not_resumed(base: str, data: Any, tmp_path: Path) -> None:
+    model, options = ft.load_model(base, device="cpu"), {**KINDS["adalora"], **FAST, "epochs": 2}
+    half = finetune(model, data, out=tmp_path / "half", background=True, **options)
+    half.stop()
+    assert half.wait() == "stopped"
+    before = (half.path / "events.jsonl").read_bytes()
+    with pytest.raises(ConfigurationError, match="a run of AdaLoRA cannot be resumed"): finetune(model, data, resume=half.path, **options)
+    with pytest.raises(ConfigurationError, match="leave best_by out"): finetune(model, data, out=tmp_path / "x", best_by="nll", **options)
+    assert (half.path / "events.jsonl").read_bytes() == before and not (tmp_path / "x").exists()

@@ -6,16 +6,16 @@
 __all__ = ['CausalPlan', 'plan_causal', 'collate', 'part_loss', 'supervised', 'make_causal_trainer']
 
 # %% ../../nbs/training/528_causal_loop.ipynb #imports
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import TrainingError
+from ..models.adapters import is_adalora
 from ..models.loading import Model
 from .arithmetic import Arithmetic, convert_frozen, matmul_precision, plan_arithmetic
-from .loop import Settings, ordered_trainer, training_arguments
+from .loop import Settings, finish_trainer, ordered_trainer, total_steps, training_arguments
 from .packing import assert_packing, pack_rows, pad_rows, share_rows
 
 # %% ../../nbs/training/528_causal_loop.ipynb #plan
@@ -65,7 +65,8 @@ def part_loss(module: Any, part: Mapping[str, Any],  # a batch from `collate`
     "Sum the loss over the supervised tokens of a part."
     from fine_tune_llm.training.supervised_loss import supervised_loss
     if plan.selective: return supervised_loss(module, **part)[0]
-    return module(**part, use_cache=False).loss * supervised(part)
+    bare = module.get_base_model() if is_adalora(module) else module  # PEFT would add its penalty, and so does the loop
+    return bare(**part, use_cache=False).loss * supervised(part)
 
 # %% ../../nbs/training/528_causal_loop.ipynb #supervised
 def supervised(part: Mapping[str, Any]) -> Any:  # a number, as a tensor
@@ -83,12 +84,10 @@ def make_causal_trainer(model: Model,  # from `load_model`
                         names: Sequence[str] = (),  # id of each row, for errors; its number where not given
                        ) -> Any:  # transformers' Trainer, with its `plan`
     "Set up the training loop of a language model."
-    from transformers.trainer_callback import PrinterCallback
-
     from fine_tune_llm.training.document_attention import documents_apart
     from fine_tune_llm.training.lean_adapters import lean_adapters
     chosen = plan or plan_causal(model, module, examples, settings.exact, settings.packing)
-    args = training_arguments(model, settings, work, math.ceil(len(examples) / settings.batch_size) * settings.epochs)
+    args = training_arguments(model, settings, work, total_steps(len(examples), settings))
     args.bf16 = False  # the weights are in the format of the plan; nothing is cast on the way
     if args.world_size > 1: raise TrainingError("this loop is for one process", fix="start it without a distributed launcher")
     lengths = [1 if chosen.packed else len(row["input_ids"]) for row in examples]
@@ -104,6 +103,4 @@ def make_causal_trainer(model: Model,  # from `load_model`
         if hasattr(listener, "run"): listener.run.log("warning", message=note)
     convert_frozen(module, chosen.arithmetic.dtype)
     rows, pad_id = [{**row, "row": n} for n, row in enumerate(examples)], model.tokenizer.pad_token_id or 0
-    trainer = CausalTrainer(module, args, train_dataset=rows, data_collator=lambda some: collate(some, chosen, pad_id), callbacks=[listener])
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return finish_trainer(CausalTrainer(module, args, train_dataset=rows, data_collator=lambda some: collate(some, chosen, pad_id), callbacks=[listener]), module)

@@ -22,12 +22,12 @@ from ..core.errors import TrainingError
 from ..core.runs import Run, write_atomic
 from ..data.ledger import save_ledger
 from ..data.splits import Data, Split
-from ..models.adapters import add_adapter, describe, save_adapter
+from ..models.adapters import add_adapter, describe, is_adalora, save_adapter
 from ..models.loading import Model, quiet, weights_fingerprint
 from .checkpoints import last_checkpoint
 from .corpus import Corpus
 from .fingerprint import digest, flatten, library_versions, refuse_differences
-from .loop import Settings
+from .loop import Settings, refuse_unresumable, total_steps
 from .processes import connect, gather, world
 from .sitting import close_run, note_failure, sitting, steady, take_over
 from fine_tune_llm.training.tasks import (
@@ -37,6 +37,7 @@ from fine_tune_llm.training.tasks import (
     longest_text,
     measuring,
     plan_facts,
+    rows_to_learn,
     score_task,
     task_data,
     task_trainer,
@@ -119,7 +120,7 @@ def train_module(run: TrainingRun, resume: bool, progress: Callable[[int, int, s
     from fine_tune_llm.training.stopping import Referee, load_standing
     model, data, settings = run.model, run.data, run.settings
     assert model and data
-    module = steady(add_adapter(base_module(model, data, settings), settings.lora, settings.seed))
+    module = steady(add_adapter(base_module(model, data, settings), settings.lora, settings.seed, total_steps(rows_to_learn(data), settings)))
     place, measure = checkpoint_to_resume(run) if resume else None, measuring(model, module, data, settings)
     listener = Listener(run, dict(rows=len(data.train), task=model.task, device=model.device, dtype=model.dtype, **describe(module)), flag, measure, progress)
     trainer = task_trainer(model, module, data, settings, run.path / "checkpoints" / ".work", listener, run_plan(run))
@@ -153,7 +154,7 @@ def finish_run(run: TrainingRun, module: Any, state: Any, listener: Any, referee
 # %% ../../nbs/training/530_trainer.ipynb #reads-alike
 def reads_alike(model: Model | None, module: Any) -> bool:
     "Tell whether a trained module has the form in which it will be read again."
-    return bool(model) and model.dtype == "float32" and not hasattr(module, "began")  # type: ignore[union-attr]
+    return bool(model) and model.dtype == "float32" and not hasattr(module, "began") and not is_adalora(module)  # type: ignore[union-attr]
 
 # %% ../../nbs/training/530_trainer.ipynb #resume-point
 def checkpoint_to_resume(run: Run) -> str | None:  # the folder of the newest good checkpoint, None if none was written yet
@@ -179,6 +180,7 @@ def open_run(model: Model, data: Data | Corpus, settings: Settings, out: str | P
         return TrainingRun(Path(gather(None)[0]), model, data, settings)
     if resume is not None:
         run = TrainingRun.attach(resume)
+        if run.state != "finished": refuse_unresumable(settings)
         take_over(run)
         accepted = refuse_differences(written_fingerprint(run), now, accept)
         for line in accepted: run.log("warning", message=f"accepted on resume: {line}")
