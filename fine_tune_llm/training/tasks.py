@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'task_data', 'data_fingerprint', 'longest_text', 'rows_to_learn', 'check_task', 'measured', 'outputs',
-           'base_module', 'word_batches', 'measuring', 'score_task', 'task_trainer', 'plan_facts', 'trained_before']
+           'base_module', 'word_batches', 'measuring', 'score_task', 'task_trainer', 'plan_facts', 'foresee',
+           'settle_model', 'trained_before']
 
 # %% ../../nbs/training/529_tasks.ipynb #imports
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from ..core.errors import ConfigurationError, InferenceError, TrainingError
 from ..core.labels import Labels
+from ..core.runs import Run
 from ..data.splits import Data
 from ..models.adapters import load_adapter
 from ..models.label_scoring import score_label_words
@@ -26,6 +28,9 @@ from .corpus import Corpus, longest_row, sft_data, word_corpus
 from .evaluation import evaluate_classes, evaluate_tokens, logits_by_batch
 from .fingerprint import digest
 from .loop import Settings, make_trainer
+from .preflight import Preflight, plain_step, preflight, settle_checkpointing
+from .processes import world
+from .sitting import release
 
 # %% ../../nbs/training/529_tasks.ipynb #data
 def task_data(model: Model,
@@ -133,6 +138,32 @@ def task_trainer(model: Model, module: Any, data: Data | Corpus, settings: Setti
 def plan_facts(trainer: Any) -> dict[str, Any]:  # plain data; empty for a classifier
     "Write down the plan of a language model's loop."
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(trainer.plan).items()} if hasattr(trainer, "plan") else {}
+
+# %% ../../nbs/training/529_tasks.ipynb #foresee
+def foresee(model: Model, data: Data | Corpus, settings: Settings) -> Preflight:
+    "Predict the memory and the time of a run."
+    s, labels, step = settings, None, plain_step
+    if isinstance(data, Data): labels, ids = outputs(data, s), encode(model, data.train.texts, s.max_length)[0]
+    else:
+        from fine_tune_llm.training.causal_loop import trial_step
+        step, ids = trial_step(model, s), [row["input_ids"] for row in data.train.examples()]
+    try: return preflight(model, [len(i) for i in ids], labels, s.lora, s.epochs, s.batch_size, s.accumulate, None, s.seed, step)
+    finally: release({})
+
+# %% ../../nbs/training/529_tasks.ipynb #settle
+def settle_model(model: Model, data: Data | Corpus, settings: Settings,
+                 asked: bool | Preflight,  # whether to predict, or a prediction that was made before
+                 resume: str | Path | None,  # a run folder to go on with
+                ) -> tuple[Model, Preflight | None]:
+    "Predict what a run takes, and decide what depends on it."
+    if resume is not None:
+        written = Run.attach(resume).path / "fingerprint.json"
+        known = Run.attach(resume).read_json(written.name).get("model.checkpointing") if written.is_file() else None
+        return (replace(model, checkpointing=known == "True") if model.checkpointing == "auto" else model), None
+    if not asked and model.checkpointing != "auto": return model, None
+    if world()[1] > 1: raise ConfigurationError("a preflight is for one process", where="preflight", fix="leave it out, and pass checkpointing=True or False to load_model")
+    found = asked if isinstance(asked, Preflight) else foresee(model, data, settings)
+    return settle_checkpointing(model, found), found
 
 # %% ../../nbs/training/529_tasks.ipynb #reopen
 def trained_before(model: Model, data: Data | Corpus, settings: Settings,

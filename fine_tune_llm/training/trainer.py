@@ -28,6 +28,7 @@ from .checkpoints import last_checkpoint
 from .corpus import Corpus
 from .fingerprint import digest, flatten, library_versions, refuse_differences
 from .loop import Settings, refuse_unresumable, total_steps
+from .preflight import Preflight, keep_peak, keep_preflight
 from .processes import connect, gather, world
 from .sitting import close_run, note_failure, sitting, steady, take_over
 from fine_tune_llm.training.tasks import (
@@ -39,6 +40,7 @@ from fine_tune_llm.training.tasks import (
     plan_facts,
     rows_to_learn,
     score_task,
+    settle_model,
     task_data,
     task_trainer,
     trained_before,
@@ -142,6 +144,7 @@ def finish_run(run: TrainingRun, module: Any, state: Any, listener: Any, referee
     "Keep the trained model, and write the last event."
     from fine_tune_llm.training.stopping import ending, put_weights
     run.box["module"] = module.eval()  # no dropout in answers
+    if run.model and run.events("preflight"): keep_peak(run, run.model.device)
     if listener.stopped and not referee.over and state.global_step < state.max_steps:
         run.log("run_stopped", step=state.global_step, checkpoint=f"checkpoints/step-{state.global_step:06}")
     else:
@@ -194,7 +197,7 @@ def open_run(model: Model, data: Data | Corpus, settings: Settings, out: str | P
 def run_sections(model: Model, data: Data | Corpus, settings: Settings) -> dict[str, Any]:  # plain data
     "Write down a model and its settings as sections of a configuration."
     dials = {k: dict(v) if isinstance(v, Mapping) else v for k, v in asdict(settings).items()}
-    return {"model": {k: getattr(model, k) for k in ("name", "task", "quantize", "device", "dtype")},
+    return {"model": {k: getattr(model, k) for k in ("name", "task", "quantize", "device", "dtype", "attention", "checkpointing")},
             "training": {**dials, "template": data.template.name if isinstance(data, Corpus) else None}}
 
 # %% ../../nbs/training/530_trainer.ipynb #fresh
@@ -251,6 +254,7 @@ def finetune(model: Model,  # from `load_model`
              accept: Collection[str] = (),  # names in the fingerprint that may differ on resume
              background: bool = False,  # train in a thread and return at once
              progress: bool = True,  # show a bar, unless in the background
+             preflight: bool | Preflight = False,  # predict memory and time, and compare at the end; or a prediction from `preflight`
              sections: Mapping[str, Any] | None = None,  # more sections for the config.yaml of the run
             ) -> TrainingRun:
     "Tune a LoRA adapter on the training rows."
@@ -258,7 +262,10 @@ def finetune(model: Model,  # from `load_model`
                         accumulate, scheduler, dict(scheduler_options or {}), loss, dict(loss_options or {}), packing, exact, evaluate_every, best_by, patience, target_risk)
     data = task_data(model, data, settings, template, validation)
     check_task(model, data, settings)
+    model, told = settle_model(model, data, settings, preflight, resume)
     run = open_run(model, data, settings, out, resume, accept, sections or {})
+    if told: keep_preflight(run, told)
+    if told and not told.fits: run.log("warning", message=f"it may not fit: {told}")
     if run.state == "finished": reopen_finished(run)
     elif background:
         run.box["thread"] = threading.Thread(target=train_run, args=(run, resume is not None, None), daemon=True)
