@@ -55,7 +55,8 @@ def run_fingerprint(model: Model, data: Data | Corpus, settings: Settings) -> di
     words = tokenizer.to_str() if tokenizer else repr(sorted(model.tokenizer.get_vocab().items()))
     return flatten({"data": data_fingerprint(data),
                     "model": {"task": model.task, "weights": weights_fingerprint(model), "tokenizer": digest([words]), "dtype": model.dtype,
-                              "quantize": model.quantize or "none", "device": model.device},
+                              "quantize": model.quantize or "none", "device": model.device,
+                              "attention": model.attention or "default", "checkpointing": model.checkpointing},
                     "settings": {**asdict(settings), "max_length": longest_text(model, settings)},
                     "threads": torch.get_num_threads(), "processes": world()[1], "versions": library_versions()})
 
