@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fine_tune_llm as ft
-from fine_tune_llm.models.generation import generate_answers, token_log_probs
+from fine_tune_llm.models.generation import generate_answers
 from fine_tune_llm.models.merging import merge
 from fine_tune_llm.training.trainer import TrainingRun, trained_module
 

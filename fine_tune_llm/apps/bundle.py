@@ -20,8 +20,8 @@ from ..audit.report import AuditReport
 from ..core.errors import InferenceError, ModelError
 from ..core.labels import Labels
 from ..data.splits import row_id
-from ..models.adapters import load_adapter
-from ..models.loading import Model, build_classifier, load_model, quiet, weights_fingerprint
+from ..models.adapters import load_adapter, save_adapter
+from ..models.loading import Model, build_classifier, load_model, weights_fingerprint
 from ..models.scoring import score_texts
 from ..training.checkpoints import damage, describe_file
 from ..training.fingerprint import library_versions
@@ -111,8 +111,7 @@ def save_bundle(b: Bundle, folder: Path) -> Path:
     draft = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     for sub in ("trust", "audit"): (draft / sub).mkdir(parents=True)
-    with quiet(): b.module.save_pretrained(draft / "adapter")
-    (draft / "adapter" / "README.md").unlink(missing_ok=True)  # an unfilled form
+    save_adapter(b.module, draft / "adapter")
     b.model.tokenizer.save_pretrained(draft / "tokenizer")
     for name, part in ("calibrator", b.cal), ("conformal", b.sets), ("policy", b.policy): part.save(draft / "trust" / f"{name}.json")
     if b.report:
