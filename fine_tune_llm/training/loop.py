@@ -19,7 +19,14 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import ConfigurationError, TrainingError
-from ..models.adapters import is_head, lora_config, lora_plus_groups, rank_allocator, split_method, spread_penalty
+from fine_tune_llm.models.adapters import (
+    is_head,
+    lora_config,
+    lora_plus_groups,
+    rank_allocator,
+    split_method,
+    spread_penalty,
+)
 from ..models.loading import Model
 from .class_losses import class_loss
 from .evaluation import MEASURES
