@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'task_data', 'data_fingerprint', 'longest_text', 'rows_to_learn', 'check_task', 'measured', 'outputs',
-           'base_module', 'word_batches', 'measuring', 'score_task', 'task_trainer', 'plan_facts', 'foresee',
-           'settle_model', 'trained_before']
+           'base_module', 'word_batches', 'measuring', 'score_outputs', 'score_task', 'task_trainer', 'plan_facts',
+           'foresee', 'settle_model', 'trained_before']
 
 # %% ../../nbs/training/529_tasks.ipynb #imports
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,13 +113,18 @@ def measuring(model: Model, module: Any, data: Data | Corpus, settings: Settings
     return lambda: evaluate_classes(scored(), split.y, settings.target_risk)  # type: ignore[arg-type]
 
 # %% ../../nbs/training/529_tasks.ipynb #scoring
-def score_task(model: Model, module: Any, data: Data | Corpus, settings: Settings, texts: Sequence[str],
-              ) -> np.ndarray:  # logits, shape [n, K]
-    "Compute the logits of texts."
-    if isinstance(data, Data): return score_texts(model, module, texts, max_length=settings.max_length)[:, :len(data.labels)]
+def score_outputs(model: Model, module: Any, data: Data | Corpus, settings: Settings, texts: Sequence[str],
+                 ) -> np.ndarray:  # logits, shape [n, K], or [n, K + 1] where the last output abstains
+    "Compute all outputs for texts."
+    if isinstance(data, Data): return score_texts(model, module, texts, max_length=settings.max_length)
     if model.task == "sft" or data.data is None:
         raise InferenceError("a model of free answers has no classes to score", fix="let it answer: trained_module(run).generate(...)")
     return score_label_words(model, module, texts, data.data.labels, data.template)
+
+def score_task(model: Model, module: Any, data: Data | Corpus, settings: Settings, texts: Sequence[str],
+              ) -> np.ndarray:  # logits, shape [n, K]
+    "Compute the logits of texts."
+    return score_outputs(model, module, data, settings, texts)[:, :len(data.labels)]
 
 # %% ../../nbs/training/529_tasks.ipynb #loop
 def task_trainer(model: Model, module: Any, data: Data | Corpus, settings: Settings, work: Path, listener: Any,

@@ -25,6 +25,7 @@ from ..data.splits import Data, Split
 from ..models.adapters import add_adapter, describe, is_adalora, save_adapter
 from ..models.loading import Model, quiet, weights_fingerprint
 from .checkpoints import last_checkpoint
+from .class_losses import split_abstention
 from .corpus import Corpus
 from .fingerprint import digest, flatten, library_versions, refuse_differences
 from .loop import Settings, refuse_unresumable, total_steps
@@ -39,6 +40,7 @@ from fine_tune_llm.training.tasks import (
     measuring,
     plan_facts,
     rows_to_learn,
+    score_outputs,
     score_task,
     settle_model,
     task_data,
@@ -98,7 +100,9 @@ def trained_module(run: TrainingRun) -> Any:  # a torch module with the adapter
 def predict_split(run: TrainingRun, split: Split) -> Predictions:
     "Predict a split, and keep the predictions in the run folder."
     splits = run.data.data if isinstance(run.data, Corpus) else run.data
-    preds = Predictions(split.ids, split.labels, logits=run.score(split.texts), y=split.y, groups=split.groups, texts=split.texts,
+    z = score_outputs(run.model, trained_module(run), run.data, run.settings, split.texts)  # type: ignore[arg-type]
+    logits, shy = split_abstention(z) if z.shape[1] > len(split.labels) else (z, None)
+    preds = Predictions(split.ids, split.labels, logits=logits, abstention=shy, y=split.y, groups=split.groups, texts=split.texts,
                         split=split.name, source=digest(run.read_json("fingerprint.json").values()),
                         seen={"training": frozenset(splits.train.ids)})  # type: ignore[union-attr]
     folder = run.path / "predictions"
