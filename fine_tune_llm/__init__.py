@@ -32,7 +32,8 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     "read_rows": "data.files", "load_rows": "data.forms",
     "load_model": "models.loading", "finetune": "training.trainer", "launch": "training.launch",
     **dict.fromkeys(("load_pairs", "load_judgements", "split_pairs"), "training.choices"), "prefer": "training.preference", "sweep": "training.sweeps",
-    "TrainingPanel": "panels.training",
+    "TrainingPanel": "panels.training", "StartPanel": "panels.start_panel", "compare_runs": "panels.compare_runs", "DataPanel": "panels.data_panel", "AuditPanel": "panels.audit_panel",
+    "CalibrationPanel": "panels.calibration_panel", "ConformalPanel": "panels.conformal_panel", "RiskPanel": "panels.risk_panel",
     **dict.fromkeys(("Bundle", "bundle", "load_bundle"), "apps.bundle"),
 }
 __all__ = ["__version__", *_HOME]
