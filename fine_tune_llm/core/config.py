@@ -39,6 +39,8 @@ class ModelSection(Section):
     quantize: Literal["nf4", "int8"] | None = None
     device: str | None = None  # chosen where not given
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # chosen where not given
+    attention: str | None = None  # "sdpa", "eager", ...; transformers' choice where not given
+    checkpointing: bool | Literal["auto"] = False  # compute activations twice and keep fewer
 
 class TrainingSection(Section):
     "How to tune it."
@@ -63,6 +65,7 @@ class TrainingSection(Section):
     patience: int | None = Field(None, ge=1)  # evaluations without a better one after which the run ends
     target_risk: float = Field(0.05, ge=0, lt=1)  # share of errors among answers, for best_by: coverage_at_risk
     template: str | None = None  # how a row becomes text; for language models
+    preflight: bool = False  # predict memory and time, and compare at the end
 
 # %% ../../nbs/core/010_config.ipynb #trust-section
 class TrustSection(Section):
