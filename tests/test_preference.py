@@ -1,6 +1,8 @@
 "Preferences: the rows, the loss of DPO against the paper's formula, the run folder, and probabilities that mean something."
 import json
 import math
+import os
+import signal
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from fine_tune_llm.models.adapters import lora_config
+from fine_tune_llm.training.checkpoints import damage
 from fine_tune_llm.training.margins import answer_template, answer_tokens, choice_predictions, margins
 from fine_tune_llm.training.preference import PreferenceRun, open_preference, prefer, prompt_texts, train_preference
 from fine_tune_llm.training.recipes import (
@@ -292,6 +295,17 @@ def test_killed_and_resumed_is_the_same_run(tmp_path):
     assert 0 < begun <= done < 45 and all(r.state == "finished" and r.verify().torn == 0 for r in ends) and trainings.adapter(half) == trainings.adapter(whole)
     losses = {e["step"]: e["loss"] for e in ends[1].events("step")}
     assert all(e["loss"] == losses[e["step"]] for e in ends[0].events("step")) and {e["step"] for e in ends[0].events("step")} == set(losses)
+
+
+def test_an_interrupt_finishes_the_step_and_saves(tiny, parts, tmp_path):
+    run, lived = planned(tiny, parts["train"], tmp_path / "r", lora=dict(r=2), batch_size=6), []
+    def interrupt(step, total, note):
+        if not lived: os.kill(os.getpid(), signal.SIGINT)
+        lived.append(run.lives())
+    train_preference(run, False, interrupt)
+    assert run.wait() == "stopped" and lived[0] and not run.lives()
+    end = run.events("run_stopped")[0]
+    assert 0 < end["step"] < run.events("run_started")[0]["total_steps"] and not damage(run.path / end["checkpoint"])
 
 
 def test_one_trainer_at_a_time_and_a_closed_run_is_free(tiny, parts, tmp_path):
