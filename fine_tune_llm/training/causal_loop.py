@@ -82,7 +82,7 @@ def trial_step(model: Model, settings: Settings) -> Callable[..., None]:  # of a
     from fine_tune_llm.training.lean_adapters import lean_adapters
     plans: list[CausalPlan] = []
     def step(module: Any, optimizer: Any, ids: Sequence[Sequence[int]], task: str) -> None:
-        rows = [{"input_ids": list(i), "labels": list(i), "row": n} for n, i in enumerate(ids)]
+        rows: list[dict[str, Any]] = [{"input_ids": list(i), "labels": list(i), "row": n} for n, i in enumerate(ids)]
         if not plans:
             plans.append(plan_causal(model, module, rows, settings.exact, settings.packing))
             convert_frozen(module, plans[0].arithmetic.dtype)

@@ -146,7 +146,7 @@ def parameter_groups(module: Any,  # a model with an adapter
 def total_steps(rows: int,  # to learn from
                 settings: Settings) -> int:
     "Count the optimizer steps of a run."
-    return math.ceil(rows / settings.batch_size) * settings.epochs
+    return -(-rows // settings.batch_size) * int(settings.epochs)
 
 # %% ../../nbs/training/526_loop.ipynb #arguments
 def training_arguments(model: Model, settings: Settings, work: Path,  # the trainer's own folder
@@ -186,7 +186,7 @@ def ordered_trainer(lengths: Sequence[int],  # tokens of each row, for batches o
     class OrderedTrainer(Trainer):
         seen: tuple[str, ...] = ()  # ids of the rows in this step
         def _get_train_sampler(self, train_dataset: Any = None) -> Any: return EpochOrder(lengths, settings.batch_size, settings.seed)
-        def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> int:
+        def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:  # a mean over processes is no whole number
             self.seen = tuple(names[i] for b in batch_samples for i in b["rows"])
             return max(1, mean_count(sum(items(part) for b in batch_samples for part in b["parts"])))
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:

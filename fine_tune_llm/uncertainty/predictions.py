@@ -178,7 +178,6 @@ class Predictions:
 
     def __post_init__(self) -> None:
         for name, value in settled(vars(self)).items(): object.__setattr__(self, name, value)
-
     def __len__(self) -> int: return len(self.ids)
 
     def __repr__(self) -> str:
@@ -215,8 +214,7 @@ class Predictions:
     def take(self, rows: Any) -> "Predictions":
         "Keep the rows of a mask or of an array of positions."
         positions = np.arange(len(self))[rows]
-        fields = ("ids", "probs", "logits", "y", "groups", "texts", "abstention")
-        return replace(self, **{k: rows_of(getattr(self, k), positions) for k in fields})
+        return replace(self, **{k: rows_of(getattr(self, k), positions) for k in ("ids", "probs", "logits", "y", "groups", "texts", "abstention")})
 
     def refuse_overlap(self, purpose: str, accept: str = "") -> str:
         "Refuse rows of ours that an earlier stage has used, or say what using them costs."
