@@ -148,7 +148,7 @@ def parameter_groups(module: Any,  # a model with an adapter
 def total_steps(rows: int,  # to learn from
                 settings: Settings) -> int:
     "Count the optimizer steps of a run."
-    return math.ceil(rows / settings.batch_size) * settings.epochs
+    return -(-rows // settings.batch_size) * int(settings.epochs)
 
 # %% ../../nbs/training/526_loop.ipynb #arguments
 def training_arguments(model: Model, settings: Settings, work: Path,  # the trainer's own folder

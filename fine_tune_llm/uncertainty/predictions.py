@@ -178,7 +178,6 @@ class Predictions:
 
     def __post_init__(self) -> None:
         for name, value in settled(vars(self)).items(): object.__setattr__(self, name, value)
-
     def __len__(self) -> int: return len(self.ids)
 
     def __repr__(self) -> str:
