@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--pairs", type=int, default=4, help="trainings without and with a panel; 0 to leave them out")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200, help="of each training")
     args = parser.parse_args()
     n, rng, out = args.rows, np.random.default_rng(0), []
     calibration, test = world(20_000, "calibration", rng), world(n, "test", rng)
