@@ -80,24 +80,25 @@ from pathlib import Path
 from IPython.display import display
 torch.set_num_threads(1)
 words = "morning evening street garden window river letter kitchen market school bridge forest".split()
-data = ft.load_data([dict(text=f"{a} and {b} in the {w} " * 6, label=w) for w in ("rain", "sun") for i, a in enumerate(words) for b in words[:i]])
+data = ft.load_data([dict(text=f"{a} and {b} in the {w}", label=w) for w in ("rain", "sun") for i, a in enumerate(words) for b in words[:i]])
 model = ft.load_model("pocket", device="cpu")
 
 def go(shown, steps=STEPS):
-    run = ft.finetune(model, data, lora=dict(r=4), epochs=max(1, steps * 16 // 105), batch_size=16, evaluate_every=10**6, out=Path(tempfile.mkdtemp()) / "run", background=True)
-    cpu = 0.0
+    run = ft.finetune(model, data, lora=dict(r=4), epochs=max(1, steps * 4 // 87), batch_size=4, evaluate_every=10**6, out=Path(tempfile.mkdtemp()) / "run", background=True)
+    spent = [0.0]
     if shown:
         panel = run.panel()
-        panel.publisher.pause, clock = 0.1, time.pthread_getcpuclockid(panel.publisher.thread.ident)
-        before = time.clock_gettime(clock)
+        draw = panel.publisher.draw
+        def timed():
+            start = time.thread_time()
+            try: return draw()
+            finally: spent[0] += time.thread_time() - start
+        panel.publisher.draw, panel.publisher.pause = timed, 0.1
         display(panel)
-        while panel.publisher.thread.is_alive() and run.state not in ("finished", "failed"):
-            cpu = time.clock_gettime(clock) - before
-            time.sleep(0.2)
     run.wait()
     steps = run.events("step")
     rate = (steps[-1]["step"] - steps[0]["step"]) / (steps[-1]["time"] - steps[0]["time"])
-    print(json.dumps([rate, cpu / (steps[-1]["time"] - run.events("run_started")[0]["time"])]))
+    print(json.dumps([rate, spent[0] / (steps[-1]["time"] - run.events("run_started")[0]["time"])]))
 go(False, 60)
 """
 
@@ -128,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--pairs", type=int, default=4, help="trainings without and with a panel; 0 to leave them out")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=400, help="of each training")
     args = parser.parse_args()
     n, rng, out = args.rows, np.random.default_rng(0), []
     calibration, test = world(20_000, "calibration", rng), world(n, "test", rng)
