@@ -18,8 +18,9 @@ from fine_tune_llm.audit.report import audit
 from fine_tune_llm.audit.slices import find_slices
 from fine_tune_llm.core.errors import AuditError, DataError
 from fine_tune_llm.core.labels import Labels
-from fine_tune_llm.panels.audit_panel import AuditPanel, held
+from fine_tune_llm.panels.audit_panel import AuditPanel
 from fine_tune_llm.panels.audit_table import arranged, example_rows, examples_html, rows_in, table_html
+from fine_tune_llm.panels.figure_panel import held
 from fine_tune_llm.uncertainty.metrics import Estimate
 from fine_tune_llm.uncertainty.predictions import Predictions
 
@@ -84,7 +85,7 @@ def test_orders_by_hand():
 def test_a_table_letter_by_letter():
     html = re.sub(r'<div class="cell.*?</div>', "", table_html([row("A", "x<", "pass", 0.01)], 0.05, "group"))
     assert html == (
-        '<div class="wide-table"><table class="gaps"><thead><tr><th scope="col">group</th><th scope="col" class="num">n</th>'
+        '<div class="wide-table" role="region" aria-label="Groups" tabindex="0"><table class="gaps"><thead><tr><th scope="col">group</th><th scope="col" class="num">n</th>'
         '<th scope="col" class="num rate">rate</th><th class="ax"></th><th scope="col" class="said">gap, points [95 %]</th><th scope="col">verdict</th></tr></thead>'
         '<tbody><tr class="top"><th colspan="6" scope="rowgroup">g <b>x&lt;</b></th></tr><tr class="line"><th scope="row"><b>A</b></th><td class="num">50</td>'
         '<td class="num rate">0.500</td><td class="ax"></td><td class="said">+1.0 [\u22129.0, +11.0]</td><td class="mark"><span class="chip green">'

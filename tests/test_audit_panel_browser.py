@@ -1,12 +1,14 @@
 """A real browser reviews an audit in JupyterLab from the keyboard alone: sort, drill down, challenge, answer, sign, reopen.
 
 The harness is that of test_panel_browser: everything stays on this machine. FTLLM_SCREENSHOTS=folder keeps the pictures."""
+import os
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
-from test_panel_browser import CHROMIUM, MISSING, browser, keep, lab, open_and_run  # noqa: F401, the fixtures
+from test_panel_browser import CHROMIUM, MISSING, browser, keep, lab, open_and_run, voila  # noqa: F401, the fixtures
+from test_panels_browser import check_rules
 
 from fine_tune_llm.audit.dossier import Dossier
 
@@ -42,14 +44,6 @@ def write_notebook(path: Path, folder: Path) -> None:
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
 
 
-def keep_tall(page, what: str, name: str, width: int, theme: str, tmp_path: Path) -> Path:
-    "Take a picture of what is higher than a window."
-    set_size = page.set_viewport_size
-    page.set_viewport_size = lambda size: set_size({**size, "height": 3600})
-    try: return keep(page, what, name, width, theme, tmp_path)
-    finally: page.set_viewport_size = set_size
-
-
 def test_a_review_from_the_keyboard(lab, browser, tmp_path):  # noqa: F811
     ready, token, root = lab
     address, folder = ready(), tmp_path / "letters"
@@ -62,7 +56,8 @@ def test_a_review_from_the_keyboard(lab, browser, tmp_path):  # noqa: F811
     unlabelled = """() => [...document.querySelectorAll('.ft-audit :is(input,select,textarea,button)')]
                     .filter(e => !e.labels?.[0]?.textContent.trim() && !e.textContent.trim()).map(e => e.outerHTML)"""
     assert page.evaluate(unlabelled) == []
-    keep_tall(page, ".ft-audit", "audit_light_1100", 1100, "JupyterLab Light", tmp_path)
+    check_rules(page)
+    keep(page, ".ft-audit", "audit_light_1100", 1100, "JupyterLab Light", tmp_path, 3600)
 
     def choose(steps: int) -> None:
         "Choose in the focused list: while it is closed, JupyterLab takes arrows and letters for its own."
@@ -103,7 +98,8 @@ def test_a_review_from_the_keyboard(lab, browser, tmp_path):  # noqa: F811
     write("name", "Grace"), press("sign", "Signed by Grace")
     assert page.locator(".ft-audit [role=alert]").count() == 0 and "reviewer: Grace" in page.locator(".ft-audit").inner_text()
     assert Dossier.attach(folder).verify().ok  # the folder is all that this process shares with the kernel
-    keep_tall(page, ".ft-audit", "audit_dark_640", 640, "JupyterLab Dark", tmp_path)
+    keep(page, ".ft-audit", "audit_dark_640", 640, "JupyterLab Dark", tmp_path, 3600)
+    check_rules(page)
     assert page.evaluate("document.querySelector('.ft-audit').scrollWidth <= document.querySelector('.ft-audit').clientWidth + 1")
     assert page.evaluate("window.hacked === undefined") and page.locator(".ft-audit img").count() == 0
 
@@ -115,6 +111,27 @@ def test_a_review_from_the_keyboard(lab, browser, tmp_path):  # noqa: F811
     page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
     page.goto(f"{address}/doc/tree/audit.ipynb?token={token}&reset")  # reopened: no cell is run, no widget is there
     page.wait_for_function(f"document.querySelector('{picture}')?.textContent.includes('reviewer: Grace')")
-    assert keep_tall(page, picture, "audit_saved_1100", 1100, "JupyterLab Light", tmp_path).stat().st_size > 10_000
+    assert keep(page, picture, "audit_saved_1100", 1100, "JupyterLab Light", tmp_path, 3600).stat().st_size > 10_000
     page.evaluate("() => window.jupyterapp.shell.currentWidget?.sessionContext?.shutdown()")
+    page.close()
+
+
+def test_a_review_in_voila(voila, browser, tmp_path):  # noqa: F811
+    (ready, root), folder = voila, tmp_path / "letters"
+    write_notebook(root / "audit.ipynb", folder)
+    page = browser.new_page()
+    page.set_default_timeout(60_000)
+    page.goto(f"{ready()}/voila/render/audit.ipynb")
+    page.locator(".ft-audit .gaps svg[role=img]").first.wait_for(state="attached")
+    page.locator(".ft-sort select").focus()
+    for key in ("Space", "ArrowDown", "ArrowDown", "Enter"): page.keyboard.press(key)
+    page.wait_for_function("document.querySelector('.ft-status')?.textContent.includes('sorted by group')")
+    page.locator(".ft-name input").fill("Grace")
+    page.locator("button.ft-sign").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('.ft-audit [role=alert]')?.textContent.includes('are open')")
+    check_rules(page)
+    if os.environ.get("FTLLM_SCREENSHOTS"): page.locator(".ft-audit").screenshot(path=str(Path(os.environ["FTLLM_SCREENSHOTS"]) / "audit_voila.png"))
+    assert page.evaluate("window.hacked === undefined") and page.locator(".ft-audit img").count() == 0
+    assert Dossier.attach(folder).verify().altered == ()
     page.close()

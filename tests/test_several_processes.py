@@ -18,7 +18,7 @@ import trainings as t
 base, out, options, resume = json.loads(sys.argv[1])
 t.train(base, out, options, resume=resume, rows=t.weather(9), hook=sys.argv[2] if len(sys.argv) > 2 else "")
 """
-OPTIONS = dict(lora=dict(r=4, lora_dropout=0.0), epochs=2, learning_rate=5e-4, batch_size=4)  # 36 rows: 9 steps an epoch, each of 4 rows
+OPTIONS = dict(lora=dict(r=4, lora_dropout=0.0), epochs=2, learning_rate=5e-4, batch_size=4)  # 35 rows: 9 steps an epoch, the last of 3 rows
 
 
 def launched(folder: Path, n: int, *args: object, hook: str = "") -> str:
@@ -42,7 +42,7 @@ def test_two_processes_take_the_path_of_one(tmp_path: Path) -> None:
     one, two = (Run.attach(tmp_path / name) for name in ("one", "two"))
     losses = [{e["step"]: e["loss"] for e in run.events("step")} for run in (one, two)]
     assert len(losses[0]) == 18 and losses[0].keys() == losses[1].keys()
-    assert np.allclose(list(losses[0].values()), list(losses[1].values()), rtol=0, atol=1e-5)
+    assert np.allclose(list(losses[0].values()), list(losses[1].values()), rtol=0, atol=1e-6)
     assert [e["event"] for e in one.events()] == [e["event"] for e in two.events()]  # one of the two wrote
     assert two.verify().torn == 0 and two.state == "finished" and (two.path / "adapter/adapter_model.safetensors").exists()
     saved = sorted((two.path / "checkpoints").glob("step-*"))

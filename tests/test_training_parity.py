@@ -38,7 +38,7 @@ class Losses(TrainerCallback):
         if "loss" in logs: self.found.append(logs["loss"])
 
 
-def plan(packed): return CausalPlan(Arithmetic("float32", "highest", "as loaded"), packed, packed, ())
+def plan(packed): return CausalPlan(Arithmetic("float32", "highest", "as loaded"), packed, packed, packed, packed, ())
 
 
 def ours(model, module, settings, work, packed, examples=EXAMPLES):

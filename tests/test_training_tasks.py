@@ -57,7 +57,12 @@ def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for 
 
 # --- measures, the best evaluation, and an early end
 
-@pytest.mark.parametrize("name", FIGURES["classification"])
+def one_of(names, kept):
+    "All names, but only one of them in a plain run of the tests."
+    return [pytest.param(n, marks=() if n == kept else pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("name", one_of(FIGURES["classification"], "nll"))
 def test_any_measure_can_choose_the_adapter(tiny, noisy, tmp_path, name):
     how = dict(epochs=3, evaluate_every=2, best_by=name, target_risk=0.3, **FAST)
     run = finetune(tiny["classification"], noisy, out=tmp_path / "run", **how)
@@ -79,6 +84,7 @@ def test_patience_ends_a_run_that_gets_worse(tiny, data, tmp_path):
     assert run.state == "finished" and end["reason"] == "2 evaluations without a better nll"
 
 
+@pytest.mark.slow  # the short form of it: test_free_answers_are_learned_and_resumed_to_the_bit
 def test_a_stop_after_the_best_evaluation_changes_nothing(tiny, noisy, tmp_path):
     how, stop = dict(epochs=4, evaluate_every=2, best_by="brier", **FAST), 9
     whole = finetune(tiny["classification"], noisy, out=tmp_path / "whole", **how)
@@ -149,7 +155,7 @@ def test_a_schedule_reaches_the_optimizer(tiny, data, tmp_path):
     np.testing.assert_allclose(rates, [1e-2 + (2e-2 - 1e-2) * (1 + math.cos(math.pi * k / n)) / 2 for k in range(n)], rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", [*CLASS_LOSSES])
+@pytest.mark.parametrize("name", one_of(CLASS_LOSSES, "gambler"))
 def test_each_loss_trains_and_predicts_only_classes(tiny, data, tmp_path, name):
     run = finetune(tiny["classification"], data, epochs=1, loss=name, loss_options={"payoff": 1.8} if name == "gambler" else {}, out=tmp_path / "run", **FAST)
     assert run.predict(data.test).logits.shape == (len(data.test), 2) and run.events("step")[-1]["loss"] is not None
@@ -157,7 +163,7 @@ def test_each_loss_trains_and_predicts_only_classes(tiny, data, tmp_path, name):
 
 def test_a_file_and_a_call_know_the_same_dials():
     call, file = {f.name: f for f in dataclasses.fields(Settings)}, TrainingSection.model_fields
-    assert call.keys() == file.keys() - {"template"}
+    assert call.keys() == file.keys() - {"template", "preflight"}
     made = TrainingSection().model_dump()
     assert {k: made[k] for k in call} == dataclasses.asdict(Settings())
 
@@ -233,7 +239,7 @@ def test_an_answer_that_would_lose_its_end_is_refused(tiny, tmp_path):
     assert not any((tmp_path / n).exists() for n in "ab")
 
 
-@pytest.mark.parametrize("task", ["sft", "label-words"])
+@pytest.mark.parametrize("task", one_of(["sft", "label-words"], "sft"))
 def test_another_template_is_refused_by_name(tiny, data, tmp_path, task):
     from fine_tune_llm.data.templates import completion, label_words
     rows, other = (ASKED, completion("Q {prompt} A", "{completion}")) if task == "sft" else (data, label_words("{text}\nClass:"))

@@ -54,6 +54,20 @@ def train(base: str, out: str, options: dict[str, Any], resume: bool = False, ro
     except FineTuneLLMError as e: Path(f"{out}.error").write_text(str(e))
 
 
+def prefer(base: str, out: str, options: dict[str, Any], resume: bool = False, rows: list[dict[str, str]] | None = None) -> None:
+    "The same for pairs, of which the shorter answer is the better one."
+    import torch
+
+    from fine_tune_llm.models.loading import load_model
+    from fine_tune_llm.training.choices import load_pairs
+    from fine_tune_llm.training.preference import prefer as learn
+    torch.set_num_threads(1)
+    try:
+        pairs = load_pairs(rows or [dict(prompt=r["text"], chosen=f" it is {r['label']}", rejected=f" it is {r['label']} and {r['label']}") for r in weather()])
+        learn(load_model(base, task="sft", device="cpu"), pairs, **options, **(dict(resume=out) if resume else dict(out=out)), progress=False)
+    except FineTuneLLMError as e: Path(f"{out}.error").write_text(str(e))
+
+
 def server() -> Any:
     "A process that has imported everything once, and forks."
     context = multiprocessing.get_context("forkserver")
@@ -65,9 +79,9 @@ def server() -> Any:
     return context
 
 
-def start(*args: Any, **kwargs: Any) -> Any:
+def start(*args: Any, work: Any = train, **kwargs: Any) -> Any:
     "Start a training in a fork."
-    process = server().Process(target=train, args=args, kwargs=kwargs)
+    process = server().Process(target=work, args=args, kwargs=kwargs)
     process.start()
     return process
 

@@ -171,10 +171,11 @@ def risk_plot(d: Decided) -> Plot:
     p = Plot("Risk against coverage",
              f"Risk {told(d.risk) if d.risk else 'unknown'} at coverage {num(d.answered.value)}.",
              (0, 1), (0, top), left=44, right=112).yaxis(decimals(top), 5)
-    p.line([c for c, _ in d.curve], risks[:len(d.curve)], "blue").text(1, d.curve[-1][1],
-                                                                       f"answer all {num(d.curve[-1][1])}", "c blue", 8)
+    p.line([c for c, _ in d.curve], risks[:len(d.curve)], "blue")
+    end = "answer all" if d.curve[-1][0] > 0.9995 else f"{num(100 * d.curve[-1][0], 0)} %:"  # a price may forbid the rest
+    if not d.risk or d.curve[-1][0] - d.answered.value > 0.01: p.text(1, d.curve[-1][1], f"{end} {num(d.curve[-1][1])}", "c blue", 8)
     if d.limit is not None:
-        p.seg(0, d.limit, 1, d.limit, "thin dash ink").text(1, d.limit, f"limit {num(d.limit, 2)}", "", 8)
+        p.seg(0, d.limit, 1, d.limit, "thin dash ink").text(1, d.limit, f"limit {num(d.limit, 2 if round(d.limit, 2) == d.limit else 3)}", "", 8)
         if d.certified: p.band([0, d.certified], [0, 0], [d.limit] * 2, "wash green").seg(d.certified, 0, d.certified,
                                                                                           d.limit, "green")
     if d.risk:

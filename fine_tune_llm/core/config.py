@@ -76,6 +76,7 @@ class TrainingSection(Section):
     patience: int | None = Field(None, ge=1)  # evaluations without a better one after which the run ends
     target_risk: float = Field(0.05, ge=0, lt=1)  # share of errors among answers, for best_by: coverage_at_risk
     template: str | None = None  # how a row becomes text; for language models
+    preflight: bool = False  # predict memory and time, and compare at the end
 
 # %% ../../nbs/core/010_config.ipynb #trust-section
 class TrustSection(Section):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CSS', 'GLYPH', 'CHIP', 'POINT', 'P', 'num', 'ci', 'tick_step', 'ticks', 'ceiling', 'chip', 'outline', 'share',
-           'Canvas', 'draw', 'Plot', 'table', 'cells', 'figure', 'styled', 'page']
+           'shares', 'Canvas', 'draw', 'Plot', 'table', 'cells', 'figure', 'styled', 'page']
 
 # %% ../../nbs/core/040_figures.ipynb #imports
 import math
@@ -115,13 +115,14 @@ def chip(word: str,  # a verdict, or the state of a command: one of CHIP
             f"<span>{word}</span></span>")
 
 # %% ../../nbs/core/040_figures.ipynb #outline
-def outline(points: Iterable[tuple[float, float | None]],  # places in percent, from the left and from the top
+def outline(points: Iterable[tuple[float | None, float | None]],  # places in percent, from the left and from the top
            ) -> str:  # the path in SVG's own words
     "Trace points, lifting the pen where one is missing."
-    d, pen = "", "M"
+    parts, pen = [], "M"
     for x, y in points:
-        d, pen = (d, "M") if y is None else (f"{d}{pen}{x} {y}", "L")
-    return d
+        if y is not None: parts.append(f"{pen}{x} {y}")
+        pen = "M" if y is None else "L"
+    return "".join(parts)
 
 # %% ../../nbs/core/040_figures.ipynb #share
 def share(value: float,
@@ -130,6 +131,14 @@ def share(value: float,
     "Place a value along an axis."
     a, b = ends
     return round(100 * (min(max(value, a), b) - a) / (b - a), 2)
+
+def shares(values: Iterable[float | None],  # None where one is missing
+           ends: tuple[float, float],  # of the axis
+          ) -> list[float | None]:  # percent of the axis, None where the value is
+    "Place many values along an axis."
+    a, b = ends
+    w = b - a
+    return [None if v is None else round(100 * ((a if v < a else b if v > b else v) - a) / w, 2) for v in values]
 
 # %% ../../nbs/core/040_figures.ipynb #canvas
 P = TypeVar("P", bound="Canvas")  # a canvas or a plot
@@ -151,7 +160,8 @@ class Canvas:
         self.out.append(svg)
         return self
     def path(self: P, points: Iterable[tuple[float, float | None]], cls: str) -> P:
-        d = outline((self.X(x), None if y is None else self.Y(y)) for x, y in points)
+        xs, ys = list(zip(*points)) or ((), ())
+        d = outline(zip(shares(xs, self.x), [None if y is None else round(100 - y, 2) for y in shares(ys, self.y)]))
         box = 'viewBox="0 0 100 100" preserveAspectRatio="none" overflow="visible"'
         return self.add(f'<svg {box}><path class="{cls}" d="{d}"/></svg>')
     def svg(self, cls: str = "") -> str: return draw(self, cls)
@@ -164,7 +174,7 @@ def draw(plot: Canvas,
     top, right, bottom, left = plot.margin
     style = f"margin:{top}px {right}px {bottom}px {left}px;width:calc(100% - {left + right}px);{plot.size}"
     head = f'<text class="head" x="0" y="0" dx="{-left}" dy="{12 - top}">{escape(plot.head)}</text>' if top else ""
-    words = f"<title>{escape(plot.head)}</title><desc>{escape(plot.desc)}</desc>"
+    words = f"<title>{escape(plot.head or plot.desc)}</title><desc>{escape(plot.desc)}</desc>"
     svg = f'<svg class="plot" role="img" style="{style}">{words}{"".join(plot.out)}{head}</svg>'
     return f'<div class="cell {cls}">{svg}</div>'
 

@@ -111,7 +111,7 @@ CHIPS = {"stop": "verm solid", "warn": "verm", "note": "dim dashed"}
 
 def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     "Write a table of cells that are HTML already."
-    def row(tag: str, values: Sequence[str]) -> str: return "<tr class='top'>" + "".join(f"<{tag} class='long'>{v}</{tag}>" for v in values) + "</tr>"
+    def row(tag: str, values: Sequence[str]) -> str: return "<tr class='top'>" + "".join(f"<{tag} class='long' style='width:auto;vertical-align:top'>{v}</{tag}>" for v in values) + "</tr>"
     return f"<table><thead>{row('th', head)}</thead><tbody>{''.join(row('td', r) for r in rows)}</tbody></table>"
 
 def finding_row(f: Finding) -> list[str]:

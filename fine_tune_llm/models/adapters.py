@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'split_method', 'method_defaults', 'lora_config', 'free_all', 'keep_start', 'add_adapter', 'weights_of',
-           'Account', 'place_of', 'describe', 'is_head', 'lora_plus_groups', 'rank_allocator', 'write_difference',
-           'save_adapter', 'load_adapter', 'switch_adapter', 'stack_adapters', 'merge_adapter']
+           'Account', 'place_of', 'describe', 'is_head', 'lora_plus_groups', 'is_adalora', 'rank_allocator',
+           'spread_penalty', 'write_difference', 'save_adapter', 'load_adapter', 'switch_adapter', 'stack_adapters',
+           'merge_adapter']
 
 # %% ../../nbs/models/410_adapters.ipynb #imports
 import html
@@ -175,16 +176,32 @@ def lora_plus_groups(module: Any,  # a model with an adapter, or one that is tra
         groups.setdefault((part, weight_decay if p.ndim > 1 else 0.0), []).append(p)
     return [dict(params=params, lr=rates[part], weight_decay=decay) for (part, decay), params in groups.items()]
 
+# %% ../../nbs/models/410_adapters.ipynb #is-adalora
+def is_adalora(module: Any,  # any torch module
+              ) -> bool:
+    "Tell whether a model carries an adapter of AdaLoRA."
+    return any(str(c.peft_type).endswith("ADALORA") for c in getattr(module, "peft_config", {}).values())
+
 # %% ../../nbs/models/410_adapters.ipynb #adalora
 def rank_allocator(module: Any,  # a model from `add_adapter`
                   ) -> Any:  # transformers' TrainerCallback, None where no rank is to be taken away
     "Make the callback that AdaLoRA needs during training."
     from transformers import TrainerCallback
-    if not any(str(c.peft_type).endswith("ADALORA") for c in getattr(module, "peft_config", {}).values()): return None
+    if not is_adalora(module): return None
     class RankAllocator(TrainerCallback):
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             module.base_model.update_and_allocate(state.global_step + 1)
     return RankAllocator()
+
+# %% ../../nbs/models/410_adapters.ipynb #spread
+def spread_penalty(module: Any,  # a model from `add_adapter`
+                  ) -> Any:  # a torch scalar with gradient, None for any method but AdaLoRA
+    "Measure how far AdaLoRA's vectors are from right angles (Zhang et al. 2023, equation 4)."
+    import torch
+    if not is_adalora(module): return None
+    squares = [p @ p.T if "lora_A" in n else p.T @ p for n, p in module.named_parameters() if "lora_A" in n or "lora_B" in n]
+    gaps = [torch.linalg.matrix_norm(s - torch.eye(len(s), device=s.device)) for s in squares]
+    return next(iter(module.peft_config.values())).orth_reg_weight * torch.stack(gaps).mean()
 
 # %% ../../nbs/models/410_adapters.ipynb #difference
 def write_difference(module: Any,  # a model whose adapter began in the base weights

@@ -171,10 +171,11 @@ def check_room(model: Model,  # what to load
 
 # %% ../../nbs/models/400_loading.ipynb #layout
 def keep_layout(module: Any,  # transformers' PreTrainedModel
-               ) -> None:
+               ) -> Any:  # the same module
     "Stop four-bit layers from rearranging their weights while they answer."
     for layer in module.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
+    return module
 
 # %% ../../nbs/models/400_loading.ipynb #lacking
 def refuse_holes(name: str,  # of the model

@@ -203,7 +203,7 @@ def source_of(made: Any,  # a finished run, or a Model
         if adapter is None: raise ConfigurationError("no adapter to merge", where="adapter", fix="give the folder of one, or a finished run")
         return Source(made, Path(adapter), labels)
     if getattr(made, "state", None) != "finished": raise InferenceError(f"the run is {getattr(made, 'state', 'no run')}", fix="give a finished run, or a Model and the folder of an adapter")
-    held = getattr(made.data, "labels", None) if made.data is not None else None
+    held = None if made.data is None or made.model.task == "sft" else made.data.labels  # free answers have no classes
     return Source(made.model, Path(adapter or made.path / "adapter"), labels or held, made.settings.max_length)
 
 # %% ../../nbs/models/432_merging.ipynb #c73

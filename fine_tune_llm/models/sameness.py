@@ -6,7 +6,7 @@
 __all__ = ['STANDARD', 'Shift', 'centred', 'logit_shift', 'adapter_share', 'worth_of', 'token_ends', 'token_gap', 'token_rows',
            'text_rows', 'Tolerance', 'told', 'gaps_of', 'why_refused', 'why_open', 'MergeCertificate',
            'certificate_frame', 'certificate_dict', 'digest_of', 'mean_by_text', 'agreement_of', 'certify',
-           'refuse_old_trust']
+           'refuse_old_trust', 'read_certificate']
 
 # %% ../../nbs/models/430_sameness.ipynb #imports
 import json
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -253,3 +254,11 @@ def refuse_old_trust(certificate: MergeCertificate,
     if old := [type(p).__name__ for p in parts if p is not None and digest_of(p) in certificate.trust]:
         raise ModelError(f"{' and '.join(old)} of the model before the merge: {'; '.join(certificate.reasons)}",
                          fix="predict validation and calibration rows with the merged model, and fit both again")
+
+# %% ../../nbs/models/430_sameness.ipynb #read
+def read_certificate(path: str | Path,  # file that `MergeCertificate.save` wrote
+                    ) -> Any:  # with verdict, reasons and trust: what `refuse_old_trust` asks for
+    "Read the judgement of a certificate."
+    held = json.loads(Path(path).read_text(encoding="utf-8"))
+    if held.get("kind") != "merge certificate": raise ModelError("this is no merge certificate", where=str(path), fix="write it with merge(...)")
+    return SimpleNamespace(verdict=held["verdict"], reasons=tuple(held["reasons"]), trust=tuple(held["trust"]))

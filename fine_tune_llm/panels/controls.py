@@ -12,6 +12,7 @@ from typing import Any
 from ipywidgets import Button, FloatText, HBox
 
 from ..core.runs import ENDS, Run
+from .figure_panel import close_all
 
 # %% ../../nbs/panels/615_controls.ipynb #which
 BUTTONS: dict[str, tuple[str, dict[str, Any], str]] = {  # face -> command, values, hint
@@ -54,8 +55,10 @@ class Controls(HBox):
         self.run.set(learning_rate=self.rate.value)
         self.asked()
 
-    def show(self, state: str) -> None:  # of the run
+    def show(self, state: str,  # of the run
+             rate: float | None = None) -> None:  # its learning rate
         "Offer what makes sense in a state."
+        if rate and not self.rate.value: self.rate.value = float(f"{rate:.3g}")
         over = state == "stopping" or state in ENDS.values()
         for button in (*self.buttons.values(), self.set, self.rate):
             if button.disabled != over: button.disabled = over
@@ -63,5 +66,7 @@ class Controls(HBox):
 
     def close(self) -> None:
         "Free every widget."
-        for part in (*self.buttons.values(), self.rate, self.set, self.children[-1]): part.close()
+        if self.comm is None: return
+        close_all(self.children)
+        self.layout.close()
         super().close()

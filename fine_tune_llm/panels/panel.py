@@ -20,18 +20,20 @@ from ..core.figures import CSS
 PANEL_CSS = CSS + """
 .ft-panel{background:var(--jp-layout-color0,#fff);overflow:hidden}
 .ft-panel>*,.ft-panel .widget-html{margin:0;height:auto}
-.ft-panel .widget-html-content{line-height:1.45}.ft-panel .look{padding-top:0;padding-bottom:0}
-.ft-panel .look h3{margin-top:10px}.ft-panel .ft-row{padding:0 20px 10px;align-items:center;gap:14px;overflow:visible}
+.ft-panel .widget-html-content{line-height:1.45;min-width:0;width:100%}.ft-panel .look{padding-top:0;padding-bottom:0}
+.ft-panel .look h3{margin-top:10px}.ft-panel text.head{paint-order:stroke;stroke:var(--bg);stroke-width:4px;stroke-linejoin:round}.ft-panel .ft-row{padding:0 20px 10px;align-items:center;gap:14px;overflow:visible}
 .ft-panel .jupyter-button{background:none;border:1px solid #858585;border-radius:3px;width:auto;padding:0 16px;
  margin:0;height:32px;color:var(--jp-ui-font-color1,#212121);box-shadow:none}
 .ft-panel .jupyter-button:focus-visible{outline:2px solid #0072b2}.ft-panel .ft-data{padding-bottom:12px}
 .ft-panel [role=alert]{padding:6px 20px;color:var(--jp-error-color1,#b3261e)}
+.ft-panel .ft-silent{display:flex;gap:12px;align-items:center;padding:8px 20px;background:#a4161a;color:#fff}
+.ft-panel .ft-silent svg{width:16px;min-width:16px;height:16px;fill:none;stroke:currentColor;stroke-width:2;stroke-linecap:round}
 .ft-panel .ft-row,.ft-panel .ft-controls{flex-wrap:wrap}.ft-panel .ft-controls{gap:8px;align-items:center;overflow:visible}
-.ft-panel .ft-rate{width:210px;margin:0 8px 0 0}.ft-panel .ft-rate input{height:32px}.ft-panel .ft-controls .widget-hbox{align-items:center}.ft-panel .ft-rate label{width:auto;min-width:0}
+.ft-panel .ft-rate{width:auto;margin:0}.ft-panel .ft-rate input{height:32px;width:110px}.ft-panel .ft-controls .widget-hbox{align-items:center;gap:8px;overflow:visible}.ft-panel .ft-rate label{width:auto;min-width:0}
 .ft-panel .jupyter-button:disabled{opacity:.5}
 .ft-panel .widget-inline-hbox{width:auto;min-width:0;height:auto;align-items:center;overflow:visible;margin:0}
 .ft-panel .widget-label{width:auto;min-width:0;margin-right:8px}.ft-panel .widget-readout{min-width:44px}
-.ft-panel .widget-slider{width:300px}.ft-panel .widget-dropdown select,.ft-panel .widget-text input{height:32px}
+.ft-panel .widget-slider{width:300px}.ft-panel .widget-dropdown{max-width:340px}.ft-panel .widget-dropdown select,.ft-panel .widget-text input{height:32px}
 .ft-panel .noUi-handle:focus-visible,.ft-panel select:focus-visible,.ft-panel input:focus-visible{outline:2px solid #0072b2;outline-offset:1px}
 @media print{.ft-panel .ft-row{display:none}}
 """

@@ -139,7 +139,7 @@ def answer_scores(method: str,  # dpo, kto or orpo
     return beta * (policy - reference)
 
 # %% ../../nbs/training/552_margins.ipynb #lots
-def lots(ids: Sequence[str]) -> np.ndarray:  # 0 where the chosen answer stands first, 1 where second; shape [n]
+def lots(ids: Sequence[str] | np.ndarray) -> np.ndarray:  # 0 where the chosen answer stands first, 1 where second; shape [n]
     "Draw the order of each pair from its id."
     return np.array([sha256(f"order {i}".encode()).digest()[0] % 2 for i in ids], dtype=np.int64)
 

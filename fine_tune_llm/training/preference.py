@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Reward', 'TOLD', 'PreferenceRun', 'as_pairs', 'prompt_texts', 'tokens_of', 'run_records', 'head_scores',
            'side_scores', 'judge', 'predict_pairs', 'greedy_answers', 'figures_of', 'reward_listener',
-           'train_preference', 'content', 'reward_source', 'preference_fingerprint', 'open_preference', 'check_rows',
-           'prefer']
+           'train_preference', 'train_on_preferences', 'content', 'reward_source', 'preference_fingerprint',
+           'open_preference', 'check_rows', 'prefer']
 
 # %% ../../nbs/training/556_preference.ipynb #imports
 import inspect
@@ -28,6 +28,7 @@ from ..models.loading import Model, quiet, weights_fingerprint
 from ..models.scoring import batches, longest_input
 from .choices import Judgements, Pairs, key, unpair
 from .fingerprint import digest, flatten, library_versions, refuse_differences
+from .loop import Settings
 from fine_tune_llm.training.margins import (
     AnswerTokens,
     answer_logprobs,
@@ -48,12 +49,14 @@ from fine_tune_llm.training.recipes import (
     pair_records,
     trl_reward,
 )
+from .sitting import close_run, note_failure, sitting, take_over
 from fine_tune_llm.training.trainer import (
     checkpoint_to_resume,
     finish_run,
     fresh_folder,
     progress_bar,
     trained_module,
+    written_fingerprint,
 )
 from ..uncertainty.metrics import Estimate, mean
 from ..uncertainty.predictions import Predictions
@@ -77,6 +80,8 @@ class PreferenceRun(Run):
         if thread := self.box.get("thread"): thread.join(timeout)
         if error := self.box.get("error"): raise error
         return self.state
+
+    def close(self) -> None: close_run(self, self.box)  # stop training, and free the model
 
     def predict(self, pairs: Pairs, name: str = "") -> Predictions: return predict_pairs(self, pairs, name or pairs.name)
     def figures(self, pairs: Pairs) -> dict[str, Estimate]: return figures_of(self, trained_module(self), pairs)  # type: ignore[arg-type]
@@ -212,21 +217,29 @@ def reward_listener(run: Run) -> Any:  # transformers' TrainerCallback
 # %% ../../nbs/training/556_preference.ipynb #job
 def train_preference(run: PreferenceRun, resume: bool, progress: Callable[[int, int, str], None] | None) -> None:
     "Train, and write down how it went."
-    from fine_tune_llm.training.control import Listener, interruptible
-    model, s, flag, facts = run.model, run.settings, threading.Event(), dict[str, Any]()
-    assert model
+    flag = threading.Event()
     try:
-        with interruptible(flag), quiet():
-            records = run_records(run)
-            evaluate = None if run.validation is None else lambda: flat_figures(figures_of(run, trainer.model, run.validation))  # type: ignore[arg-type]
-            listener = Listener(run, facts, flag, evaluate, progress)
-            trainer = make_preference_trainer(model, records, s, run.path / "checkpoints" / ".work", [listener, reward_listener(run)], [trl_reward(r) for r in run.rewards])
-            facts |= dict(rows=len(records), method=s.method, device=model.device, dtype=model.dtype, **describe(trainer.model))
-            trainer.train(resume_from_checkpoint=checkpoint_to_resume(run) if resume else None)
-        finish_run(run, trainer.model, trainer.state, listener)  # type: ignore[arg-type]
-    except BaseException as e:
-        run.box["error"] = e
-        run.log("run_failed", error=f"{type(e).__name__}: {e}"[:500])
+        with sitting(run, flag), quiet(): finish_run(run, *train_on_preferences(run, resume, progress, flag))  # type: ignore[arg-type]
+    except BaseException as e: note_failure(run, run.box, e)
+
+# %% ../../nbs/training/556_preference.ipynb #train-on
+def train_on_preferences(run: PreferenceRun, resume: bool, progress: Callable[[int, int, str], None] | None,
+                         flag: threading.Event,  # set by an interrupt
+                        ) -> tuple[Any, Any, Any, Any]:  # module, transformers' TrainerState, listener, referee
+    "Build what a method needs, and train it to its end or to a stop."
+    from fine_tune_llm.training.control import Listener
+    from fine_tune_llm.training.stopping import Referee
+    model, s, facts = run.model, run.settings, dict[str, Any]()
+    assert model
+    place, records = checkpoint_to_resume(run) if resume else None, run_records(run)
+    measure = None if run.validation is None else lambda: flat_figures(figures_of(run, trainer.model, run.validation))  # type: ignore[arg-type]
+    listener = Listener(run, facts, flag, measure, progress)
+    trainer: Any = make_preference_trainer(model, records, s, run.path / "checkpoints" / ".work", [listener, reward_listener(run)], [trl_reward(r) for r in run.rewards])
+    facts |= dict(rows=len(records), method=s.method, device=model.device, dtype=model.dtype, **describe(trainer.model))
+    referee = Referee(run, Settings(), trainer.model, measure or dict, listener.live)  # looks after each epoch, and chooses nothing
+    if measure: trainer.callback_handler.callbacks.insert(0, referee)
+    trainer.train(resume_from_checkpoint=place)
+    return trainer.model, trainer.state, listener, referee
 
 # %% ../../nbs/training/556_preference.ipynb #fingerprint
 def content(held: Pairs | Judgements | None) -> str:  # 16 hex digits, "none" without rows
@@ -263,7 +276,8 @@ def open_preference(run: PreferenceRun,  # all but its folder
     assert model
     if resume is not None:
         place = Run.attach(resume)
-        for line in refuse_differences(place.read_json("fingerprint.json"), now, accept): place.log("warning", message=f"accepted on resume: {line}")
+        take_over(place)
+        for line in refuse_differences(written_fingerprint(place), now, accept): place.log("warning", message=f"accepted on resume: {line}")
     else:
         place = Run.create(out or fresh_folder(model))
         dials = {**asdict(s), "lora": dict(s.lora), "options": dict(s.options), "beta": s.loss_beta}

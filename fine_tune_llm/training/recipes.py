@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'BETA', 'trl_classes', 'is_unstable', 'PreferenceSettings', 'check_settings', 'trl_arguments',
-           'pair_records', 'orpo_records', 'kto_records', 'trl_reward', 'keep_differentiable', 'build_base',
-           'closed_trainer', 'make_preference_trainer']
+           'pair_records', 'orpo_records', 'kto_records', 'trl_reward', 'build_base', 'closed_trainer',
+           'make_preference_trainer']
 
 # %% ../../nbs/training/554_recipes.ipynb #imports
 import math
@@ -139,20 +139,13 @@ def trl_reward(reward: Callable[[str, str], float],  # of a prompt and an answer
     ask.__name__ = name
     return ask
 
-# %% ../../nbs/training/554_recipes.ipynb #unpacked
-def keep_differentiable(module: Any) -> Any:  # the same module
-    "Keep four-bit layers in the layout that has a gradient, whatever is evaluated in between."
-    for layer in module.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
-    return module
-
 # %% ../../nbs/training/554_recipes.ipynb #base
 def build_base(model: Model, s: PreferenceSettings) -> Any:  # transformers' PreTrainedModel
     "Read the weights that a method starts from."
     from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForSequenceClassification
     module = read_weights(model, AutoModelForSequenceClassification, s.seed, num_labels=1) if s.method == "reward" else build_causal(model)
-    return prepare_model_for_kbit_training(keep_differentiable(module), use_gradient_checkpointing=False) if model.quantize else module
+    return prepare_model_for_kbit_training(module, use_gradient_checkpointing=False) if model.quantize else module
 
 # %% ../../nbs/training/554_recipes.ipynb #closed
 def closed_trainer(kind: Any) -> Any:  # a class below `kind`

@@ -138,7 +138,8 @@ def check_supervised_loss(module: Any,  # a causal language model
     try:
         with torch.no_grad():
             loss, count = supervised_loss(module, ids, ids)
-            ours, own = float(loss / count), float(module(input_ids=ids, labels=ids, use_cache=False).loss)
+            bare = module.get_base_model() if hasattr(module, "get_base_model") else module  # without what a method of adapting adds
+            ours, own = float(loss / count), float(bare(input_ids=ids, labels=ids, use_cache=False).loss)
     finally: module.train(was)
     exact = {p.dtype for p in module.parameters()} == {torch.float32}
     if not abs(ours - own) <= (1e-5 if exact else 0.02) * max(1.0, abs(own)):

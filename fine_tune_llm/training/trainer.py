@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_fingerprint', 'TrainingRun', 'trained_module', 'predict_split', 'train_run', 'train_module', 'run_plan',
-           'finish_run', 'checkpoint_to_resume', 'written_fingerprint', 'open_run', 'run_sections', 'fresh_folder',
-           'reopen_finished', 'progress_bar', 'finetune']
+           'finish_run', 'reads_alike', 'checkpoint_to_resume', 'written_fingerprint', 'open_run', 'run_sections',
+           'fresh_folder', 'reopen_finished', 'progress_bar', 'finetune']
 
 # %% ../../nbs/training/530_trainer.ipynb #imports
 import threading
@@ -22,14 +22,16 @@ from ..core.errors import TrainingError
 from ..core.runs import Run, write_atomic
 from ..data.ledger import save_ledger
 from ..data.splits import Data, Split
-from ..models.adapters import add_adapter, describe
+from ..models.adapters import add_adapter, describe, is_adalora, save_adapter
 from ..models.loading import Model, quiet, weights_fingerprint
 from .checkpoints import last_checkpoint
+from .class_losses import split_abstention
 from .corpus import Corpus
 from .fingerprint import digest, flatten, library_versions, refuse_differences
-from .loop import Settings
+from .loop import Settings, refuse_unresumable, total_steps
+from .preflight import Preflight, keep_peak, keep_preflight
 from .processes import connect, gather, world
-from .sitting import close_run, note_failure, sitting, steady, take_over
+from .sitting import close_run, note_failure, sitting, take_over
 from fine_tune_llm.training.tasks import (
     base_module,
     check_task,
@@ -37,7 +39,10 @@ from fine_tune_llm.training.tasks import (
     longest_text,
     measuring,
     plan_facts,
+    rows_to_learn,
+    score_outputs,
     score_task,
+    settle_model,
     task_data,
     task_trainer,
     trained_before,
@@ -52,7 +57,8 @@ def run_fingerprint(model: Model, data: Data | Corpus, settings: Settings) -> di
     words = tokenizer.to_str() if tokenizer else repr(sorted(model.tokenizer.get_vocab().items()))
     return flatten({"data": data_fingerprint(data),
                     "model": {"task": model.task, "weights": weights_fingerprint(model), "tokenizer": digest([words]), "dtype": model.dtype,
-                              "quantize": model.quantize or "none", "device": model.device},
+                              "quantize": model.quantize or "none", "device": model.device,
+                              "attention": model.attention or "default", "checkpointing": model.checkpointing},
                     "settings": {**asdict(settings), "max_length": longest_text(model, settings)},
                     "threads": torch.get_num_threads(), "processes": world()[1], "versions": library_versions()})
 
@@ -87,13 +93,16 @@ def trained_module(run: TrainingRun) -> Any:  # a torch module with the adapter
     state = run.wait()
     if state not in ("finished", "stopped") or "module" not in run.box:
         raise TrainingError(f"the run is {state} and has no model", where=str(run.path), fix="call run.wait(), or resume it")
+    if run.box["module"] is None: reopen_finished(run)
     return run.box["module"]
 
 # %% ../../nbs/training/530_trainer.ipynb #predict
 def predict_split(run: TrainingRun, split: Split) -> Predictions:
     "Predict a split, and keep the predictions in the run folder."
     splits = run.data.data if isinstance(run.data, Corpus) else run.data
-    preds = Predictions(split.ids, split.labels, logits=run.score(split.texts), y=split.y, groups=split.groups, texts=split.texts,
+    z = score_outputs(run.model, trained_module(run), run.data, run.settings, split.texts)  # type: ignore[arg-type]
+    logits, shy = split_abstention(z) if z.shape[1] > len(split.labels) else (z, None)
+    preds = Predictions(split.ids, split.labels, logits=logits, abstention=shy, y=split.y, groups=split.groups, texts=split.texts,
                         split=split.name, source=digest(run.read_json("fingerprint.json").values()),
                         seen={"training": frozenset(splits.train.ids)})  # type: ignore[union-attr]
     folder = run.path / "predictions"
@@ -118,7 +127,7 @@ def train_module(run: TrainingRun, resume: bool, progress: Callable[[int, int, s
     from fine_tune_llm.training.stopping import Referee, load_standing
     model, data, settings = run.model, run.data, run.settings
     assert model and data
-    module = steady(add_adapter(base_module(model, data, settings), settings.lora, settings.seed))
+    module = add_adapter(base_module(model, data, settings), settings.lora, settings.seed, total_steps(rows_to_learn(data), settings))
     place, measure = checkpoint_to_resume(run) if resume else None, measuring(model, module, data, settings)
     listener = Listener(run, dict(rows=len(data.train), task=model.task, device=model.device, dtype=model.dtype, **describe(module)), flag, measure, progress)
     trainer = task_trainer(model, module, data, settings, run.path / "checkpoints" / ".work", listener, run_plan(run))
@@ -140,14 +149,20 @@ def finish_run(run: TrainingRun, module: Any, state: Any, listener: Any, referee
     "Keep the trained model, and write the last event."
     from fine_tune_llm.training.stopping import ending, put_weights
     run.box["module"] = module.eval()  # no dropout in answers
+    if run.model and run.events("preflight"): keep_peak(run, run.model.device)
     if listener.stopped and not referee.over and state.global_step < state.max_steps:
         run.log("run_stopped", step=state.global_step, checkpoint=f"checkpoints/step-{state.global_step:06}")
     else:
         put_weights(module, referee.weights)
-        if world()[0] == 0: module.save_pretrained(run.path / "adapter")
+        if world()[0] == 0: save_adapter(module, run.path / "adapter")
         gather("saved")
-        (run.path / "adapter" / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
+        if isinstance(run, TrainingRun) and not reads_alike(run.model, module): run.box["module"] = None
         run.log("run_finished", step=state.global_step, seconds=time.monotonic() - listener.began, **ending(referee))
+
+# %% ../../nbs/training/530_trainer.ipynb #reads-alike
+def reads_alike(model: Model | None, module: Any) -> bool:
+    "Tell whether a trained module has the form in which it will be read again."
+    return bool(model) and model.dtype == "float32" and not hasattr(module, "began") and not is_adalora(module)  # type: ignore[union-attr]
 
 # %% ../../nbs/training/530_trainer.ipynb #resume-point
 def checkpoint_to_resume(run: Run) -> str | None:  # the folder of the newest good checkpoint, None if none was written yet
@@ -173,6 +188,7 @@ def open_run(model: Model, data: Data | Corpus, settings: Settings, out: str | P
         return TrainingRun(Path(gather(None)[0]), model, data, settings)
     if resume is not None:
         run = TrainingRun.attach(resume)
+        if run.state != "finished": refuse_unresumable(settings)
         take_over(run)
         accepted = refuse_differences(written_fingerprint(run), now, accept)
         for line in accepted: run.log("warning", message=f"accepted on resume: {line}")
@@ -243,6 +259,7 @@ def finetune(model: Model,  # from `load_model`
              accept: Collection[str] = (),  # names in the fingerprint that may differ on resume
              background: bool = False,  # train in a thread and return at once
              progress: bool = True,  # show a bar, unless in the background
+             preflight: bool | Preflight = False,  # predict memory and time, and compare at the end; or a prediction from `preflight`
              sections: Mapping[str, Any] | None = None,  # more sections for the config.yaml of the run
             ) -> TrainingRun:
     "Tune a LoRA adapter on the training rows."
@@ -250,7 +267,10 @@ def finetune(model: Model,  # from `load_model`
                         accumulate, scheduler, dict(scheduler_options or {}), loss, dict(loss_options or {}), packing, exact, evaluate_every, best_by, patience, target_risk)
     data = task_data(model, data, settings, template, validation)
     check_task(model, data, settings)
+    model, told = settle_model(model, data, settings, preflight, resume)
     run = open_run(model, data, settings, out, resume, accept, sections or {})
+    if told: keep_preflight(run, told)
+    if told and not told.fits: run.log("warning", message=f"it may not fit: {told}")
     if run.state == "finished": reopen_finished(run)
     elif background:
         run.box["thread"] = threading.Thread(target=train_run, args=(run, resume is not None, None), daemon=True)

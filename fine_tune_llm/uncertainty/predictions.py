@@ -66,11 +66,13 @@ def settled(v: Mapping[str, Any],  # the fields of `Predictions`, by name
     distinct, counts = np.unique(ids, return_counts=True)
     if len(distinct) < len(ids):
         raise DataError(f"{(counts > 1).sum()} ids occur more than once", where=f"ids {', '.join(distinct[counts > 1][:3])}")
-    for extra in ("groups", "texts"):
+    for extra in ("groups", "texts", "abstention"):
         if v[extra] is not None and len(v[extra]) != len(ids):
             raise DataError(f"{len(v[extra])} {extra} for {len(ids)} ids", fix="give one per row, in the same order")
     y = None if v["y"] is None else true_classes(v["y"], *scores.shape)
-    return {"ids": ids, name: scores, "y": y, "seen": {k: frozenset(map(str, used)) for k, used in v["seen"].items()}}
+    shy = None if v["abstention"] is None else np.asarray(v["abstention"], dtype=np.float64)
+    if shy is not None and not ((shy >= 0) & (shy <= 1)).all(): raise DataError("a probability of abstaining is outside 0 to 1", where=f"abstention, row {(~((shy >= 0) & (shy <= 1))).argmax()}")
+    return {"ids": ids, name: scores, "y": y, "abstention": shy, "seen": {k: frozenset(map(str, used)) for k, used in v["seen"].items()}}
 
 # %% ../../nbs/uncertainty/100_predictions.ipynb #write
 def write_columns(path: str | Path,  # file to write or replace
@@ -115,7 +117,7 @@ def labels_from(raw: Mapping[str, Any],  # `dataclasses.asdict` of labels, as JS
 def to_columns(v: Mapping[str, Any],  # the fields of `Predictions`, by name
               ) -> tuple[dict[str, Any], dict[str, Any]]:  # (columns, metadata) for `write_columns`
     "Spread the fields of predictions over columns and metadata."
-    columns = {"id": v["ids"], "probs": v["probs"], "logits": v["logits"], "y": v["y"], "text": v["texts"]}
+    columns = {"id": v["ids"], "probs": v["probs"], "logits": v["logits"], "y": v["y"], "text": v["texts"], "abstention": v["abstention"]}
     columns |= {f"group:{c}": v["groups"][c] for c in ([] if v["groups"] is None else v["groups"])}
     meta = {"labels": asdict(v["labels"]), "split": v["split"], "source": v["source"],
             "seen": {k: sorted(used) for k, used in v["seen"].items()}}
@@ -133,6 +135,7 @@ def from_columns(columns: Mapping[str, Any],  # columns of `read_columns`
             "probs": columns.get("probs"), "logits": columns.get("logits"),
             "y": columns["y"].to_numpy() if "y" in columns else None,
             "texts": columns["text"].to_pylist() if "text" in columns else None,
+            "abstention": columns["abstention"].to_numpy() if "abstention" in columns else None,
             "groups": pd.DataFrame(groups) if groups else None}
 
 # %% ../../nbs/uncertainty/100_predictions.ipynb #rows-of
@@ -171,10 +174,10 @@ class Predictions:
     split: str = ""  # "train", "validation", "calibration", "test" or a name of yours
     source: str = ""  # fingerprint of the model or service that spoke
     seen: Mapping[str, frozenset[str]] = field(default_factory=dict)  # stage -> ids of the rows that it used
+    abstention: np.ndarray | None = None  # probability that the model itself would rather not answer, shape [n], where it learned to say so
 
     def __post_init__(self) -> None:
         for name, value in settled(vars(self)).items(): object.__setattr__(self, name, value)
-
     def __len__(self) -> int: return len(self.ids)
 
     def __repr__(self) -> str:
@@ -211,8 +214,7 @@ class Predictions:
     def take(self, rows: Any) -> "Predictions":
         "Keep the rows of a mask or of an array of positions."
         positions = np.arange(len(self))[rows]
-        fields = ("ids", "probs", "logits", "y", "groups", "texts")
-        return replace(self, **{k: rows_of(getattr(self, k), positions) for k in fields})
+        return replace(self, **{k: rows_of(getattr(self, k), positions) for k in ("ids", "probs", "logits", "y", "groups", "texts", "abstention")})
 
     def refuse_overlap(self, purpose: str, accept: str = "") -> str:
         "Refuse rows of ours that an earlier stage has used, or say what using them costs."

@@ -6,12 +6,13 @@
 __all__ = ['share_covered', 'tested_law', 'bit_counts', 'bits_at', 'PredictionSets', 'join_sets']
 
 # %% ../../nbs/uncertainty/136_sets.ipynb #imports
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import betabinom
+from scipy.stats import hypergeom
 
 from ..core.errors import DataError
 from ..core.labels import Labels
@@ -35,8 +36,10 @@ def tested_law(n: int,  # calibration rows
               ) -> tuple[float, float]:  # (low, high), shares between 0 and 1
     "Give the central interval of the coverage that test rows should show."
     if k > n: return 1.0, 1.0
-    tail, hits = (1 - level) / 2, betabinom(m, k, n + 1 - k)
-    return float(hits.ppf(tail)) / m, float(hits.isf(tail)) / m
+    def quantile(p: float) -> float:
+        at_most = lambda h: hypergeom.sf(k - 1, n + m, n, k + h)  # probability of h covered rows, or fewer
+        return bisect_left(range(m), True, key=lambda h: at_most(h) >= p) / m
+    return quantile((1 - level) / 2), quantile((1 + level) / 2)
 
 # %% ../../nbs/uncertainty/136_sets.ipynb #bits
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
