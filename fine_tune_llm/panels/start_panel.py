@@ -55,7 +55,7 @@ def merged(boxes: Mapping[str, Any],  # "section.name" -> what stands in its box
 def checked(settings: Mapping[str, Any]) -> Config:
     "Check a configuration, and whether its files are there."
     try: config = Config.model_validate(settings)
-    except ValidationError as e: raise ConfigurationError(complaints(e)) from None
+    except ValidationError as e: raise ConfigurationError("; ".join(complaints(e))) from None
     for key, name in (("path", config.data.path), ("test", config.data.test)):
         if name and Path(name).suffix and not Path(name).exists(): raise ConfigurationError(f"data.{key}: there is no file {name}")
     return config
