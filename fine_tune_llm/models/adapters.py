@@ -239,7 +239,11 @@ def load_adapter(module: Any,  # a model from `build_classifier` or `build_causa
     "Put saved weights on a model, for answering."
     from peft import PeftModel
     with quiet():
-        if (Path(folder) / "adapter_config.json").is_file(): return PeftModel.from_pretrained(module, str(folder)).eval()
+        if (Path(folder) / "adapter_config.json").is_file():
+            try: return PeftModel.from_pretrained(module, str(folder)).eval()
+            except RuntimeError as e:
+                if "size mismatch" not in str(e): raise
+                raise ModelError(f"the adapter fits another model: {str(e).split('size mismatch for ')[1].splitlines()[0]}", where=str(folder), fix="load the model, and as many classes, that it was trained with; a head that learned to abstain has one output more, and stays an adapter") from None
         if not (Path(folder) / "config.json").is_file():
             raise ModelError(f"no adapter in {Path(folder).name!r}", where=str(folder), fix="pass a folder that save_adapter wrote")
         return type(module).from_pretrained(str(folder), dtype=module.dtype).to(module.device).eval()
