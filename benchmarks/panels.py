@@ -7,7 +7,7 @@ thread. Each slider is moved 40 times; the first drawing, which computes the tab
 live row redraws a training panel of 2,000 reported steps and ten evaluations after each new event.
 
 The last lines come from a real kernel with open comms: the same small training without and with a shown panel that publishes ten
-times a second, in turn, so that a machine that grows slower hurts both alike. The share of a core is the CPU time of the
+times a second, in turn (A B, B A, ...), so that a machine that grows slower hurts both alike. The share of a core is the CPU time of the
 publisher's thread over the time of the run; it does not depend on what else the machine does, the throughput does.
 """
 import argparse
@@ -119,7 +119,8 @@ def throughput(pairs: int, steps: int) -> list[list[tuple[float, float]]]:  # of
         return json.loads("".join(said).strip().splitlines()[-1])
     try:
         run(TRAIN.replace("STEPS", str(steps)))
-        return [[tuple(run(f"go({shown})")) for shown in (False, True)] for _ in range(pairs)]
+        found = [{shown: tuple(run(f"go({shown})")) for shown in ((False, True), (True, False))[i % 2]} for i in range(pairs)]
+        return [[pair[False], pair[True]] for pair in found]
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
