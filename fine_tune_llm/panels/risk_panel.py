@@ -130,7 +130,7 @@ def policy_title(d: Decided) -> str:
     "State what the policy does on test rows."
     if d.risk is None: return f"No threshold can be certified for a risk of {num(d.limit, 3)}: every row goes to a person"
     side = "above" if d.risk.low > (d.limit or 0) else "below" if d.risk.high <= (d.limit or 0) else "not clearly below"
-    saved = f", and {saving(d.saved)}" if d.saved else ""
+    saved = f"; abstaining {saving(d.saved)}" if d.saved else ""
     return f"{num(100 * d.answered.value, 1)} % of test rows are answered at risk {told(d.risk)}, {side} the certified {num(d.limit, 3)}{saved}"
 
 def draw_policy(calibration: DecisionTable, test: DecisionTable, costs: np.ndarray, names: Sequence[str],
