@@ -118,8 +118,9 @@ def chip(word: str,  # a verdict, or the state of a command: one of CHIP
 def outline(points: Iterable[tuple[float | None, float | None]],  # places in percent, from the left and from the top
            ) -> str:  # the path in SVG's own words
     "Trace points, lifting the pen where one is missing."
-    parts, pen = [], "M"
-    for x, y in points:
+    parts, pen, places = [], "M", list(points)
+    if places and None not in [y for _, y in places]: return "M" + "L".join([f"{x} {y}" for x, y in places])
+    for x, y in places:
         if y is not None: parts.append(f"{pen}{x} {y}")
         pen = "M" if y is None else "L"
     return "".join(parts)
@@ -134,11 +135,13 @@ def share(value: float,
 
 def shares(values: Iterable[float | None],  # None where one is missing
            ends: tuple[float, float],  # of the axis
+           down: bool = False,  # count from the second end
           ) -> list[float | None]:  # percent of the axis, None where the value is
     "Place many values along an axis."
+    import numpy as np
     a, b = ends
-    w = b - a
-    return [None if v is None else round(100 * ((a if v < a else b if v > b else v) - a) / w, 2) for v in values]
+    found = np.round(100 * (np.clip(np.array([*values], float), a, b) - a) / (b - a), 2)
+    return [None if v != v else v for v in (np.round(100 - found, 2) if down else found).tolist()]
 
 # %% ../../nbs/core/040_figures.ipynb #canvas
 P = TypeVar("P", bound="Canvas")  # a canvas or a plot
@@ -161,7 +164,7 @@ class Canvas:
         return self
     def path(self: P, points: Iterable[tuple[float, float | None]], cls: str) -> P:
         xs, ys = list(zip(*points)) or ((), ())
-        d = outline(zip(shares(xs, self.x), [None if y is None else round(100 - y, 2) for y in shares(ys, self.y)]))
+        d = outline(zip(shares(xs, self.x), shares(ys, self.y, down=True)))
         box = 'viewBox="0 0 100 100" preserveAspectRatio="none" overflow="visible"'
         return self.add(f'<svg {box}><path class="{cls}" d="{d}"/></svg>')
     def svg(self, cls: str = "") -> str: return draw(self, cls)
