@@ -14,7 +14,6 @@ from fine_tune_llm.core.errors import ConfigurationError
 from fine_tune_llm.core.logs import configure_logging, log_as
 from fine_tune_llm.core.runs import Run
 
-
 @pytest.fixture()
 def lines() -> Iterator[io.StringIO]:
     "Give a stream, and leave logging as it was."

@@ -11,8 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +119,7 @@ COLUMNS = ("run", "day", "state", "steps", "rows", "seconds", "loss", "nll", "ec
 def day_of(e: Mapping[str, Any],  # an event
           ) -> str:  # such as 2026-11-20, in UTC
     "Give the day of an event."
-    return datetime.fromtimestamp(e.get("time", 0.0), timezone.utc).date().isoformat()
+    return time.strftime("%Y-%m-%d", time.gmtime(e.get("time", 0.0)))
 
 def numbers(events: Iterable[Mapping[str, Any]], kind: str, name: str) -> list[float]:  # the oldest first
     "Collect a number from the events of one kind."

@@ -10,11 +10,11 @@ import json as jsonlib
 import logging
 import re
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import datetime, timezone
 from typing import Any, TextIO
 
 from .errors import ConfigurationError
@@ -50,7 +50,7 @@ def error_of(record: logging.LogRecord) -> str:  # with its traceback, "" withou
 class JsonLines(logging.Formatter):
     "Write a record as one JSON object."
     def format(self, record: logging.LogRecord) -> str:
-        told = {"time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"), "level": record.levelname.lower(),
+        told = {"time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z", "level": record.levelname.lower(),
                 "logger": record.name, "run": run_of(record), "message": record.getMessage(),
                 "fields": plain(getattr(record, "fields", {})), "error": error_of(record)}
         return jsonlib.dumps({k: clean(v) for k, v in told.items() if v not in ("", {})}, ensure_ascii=False)
@@ -58,7 +58,7 @@ class JsonLines(logging.Formatter):
 class Console(logging.Formatter):
     "Write a record as a line for a person."
     def format(self, record: logging.LogRecord) -> str:
-        at = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
+        at = time.strftime("%H:%M:%S", time.localtime(record.created))
         parts = [at, f"{record.levelname.lower():7}", f"[{one_line(run)}]" if (run := run_of(record)) else "", one_line(record.getMessage())]
         return " ".join(p for p in parts if p) + (f"\n{error}" if (error := error_of(record)) else "")
 

@@ -6,12 +6,13 @@
 __all__ = ['PASSING', 'T', 'causes', 'is_passing', 'waits', 'Breaker', 'BreakerOpen', 'ask_again', 'hub_breaker', 'ask_hub']
 
 # %% ../../nbs/models/398_patience.ipynb #imports
+import logging
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..core.errors import ModelError
 
@@ -82,6 +83,7 @@ def ask_again(ask: Callable[[], T],  # the request
         except Exception as e:
             breaker.note(ok=not (again := passes(e)))
             if not again or pause is None: raise
+            logging.getLogger(__name__).info("%s: asked again in %.1f s", type(e).__name__, pause)
             sleep(pause)
         else:
             breaker.note(ok=True)
