@@ -46,7 +46,10 @@ def facts_of(events: Sequence[Mapping[str, Any]],  # of a run
     return {k: redact(str(v)) for k, v in start.items() if k not in ("event", "time", "prev", "hash")}
 
 # %% ../../nbs/core/028_trackers.ipynb #tensorboard
-def to_tensorboard(run: Run, points: Sequence[Point], folder: Path | None) -> str:  # the folder that was written
+def to_tensorboard(run: Run,
+                   points: Sequence[Point],  # its numbers, by step
+                   folder: Path | None,  # of the copies, None for the run itself
+                  ) -> str:  # the folder that was written
     "Write a run as an event file of TensorBoard."
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -61,7 +64,10 @@ def to_tensorboard(run: Run, points: Sequence[Point], folder: Path | None) -> st
 # %% ../../nbs/core/028_trackers.ipynb #mlflow
 ENDED = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}  # our states in MLflow's words, RUNNING for others
 
-def to_mlflow(run: Run, points: Sequence[Point], folder: Path | None) -> str:  # the id of the run in MLflow
+def to_mlflow(run: Run,
+              points: Sequence[Point],  # its numbers, by step
+              folder: Path | None,  # of an SQLite file, None for the server that is configured
+             ) -> str:  # the id of the run in MLflow
     "Copy a run to MLflow."
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
@@ -79,7 +85,10 @@ def to_mlflow(run: Run, points: Sequence[Point], folder: Path | None) -> str:  #
     return key
 
 # %% ../../nbs/core/028_trackers.ipynb #wandb
-def to_wandb(run: Run, points: Sequence[Point], folder: Path | None) -> str:  # the id of the run in W&B
+def to_wandb(run: Run,
+             points: Sequence[Point],  # its numbers, by step
+             folder: Path | None,  # of an offline copy, None for the server that is configured
+            ) -> str:  # the id of the run in W&B
     "Copy a run to Weights & Biases."
     import wandb
     if folder is not None: folder.mkdir(parents=True, exist_ok=True)
