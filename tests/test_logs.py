@@ -36,8 +36,11 @@ def test_runs_in_threads_do_not_mix(lines: io.StringIO) -> None:
     for t in threads: t.join()
     told = [json.loads(line) for line in lines.getvalue().splitlines()]
     assert len(told) == 20 and all(t["message"] == f"{t['run']} at work" for t in told)
-    log.info("outside")
-    assert "run" not in json.loads(lines.getvalue().splitlines()[-1])
+    with log_as("outer"):
+        with log_as("inner"): log.info("x")
+        log.info("x")
+    log.info("x")
+    assert [json.loads(line).get("run") for line in lines.getvalue().splitlines()[-3:]] == ["inner", "outer", None]
 
 
 @pytest.mark.parametrize("as_json", [True, False])
