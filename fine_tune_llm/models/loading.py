@@ -23,6 +23,7 @@ from typing import Any
 from ..core.errors import ModelError
 from ..core.labels import Labels
 from .devices import Plan, device_plan, free_memory, refuse_too_large, wait_politely, weight_bytes
+from .patience import ask_hub
 
 # %% ../../nbs/models/400_loading.ipynb #locate
 def locate(name: str | Path,  # "pocket", a folder, or a hub id
@@ -87,6 +88,7 @@ def explain_load_failure(name: str,  # the name as given
                          error: Exception,  # what transformers raised
                         ) -> ModelError:
     "Turn a loading failure into one line with a fix."
+    if isinstance(error, ModelError): return error
     from huggingface_hub.constants import HF_HUB_OFFLINE
     text = " ".join(str(error).split())
     if "trust_remote_code" in text: fix = "read the model's code, then pass trust_remote_code=True"
@@ -135,10 +137,9 @@ def load_model(name: str | Path,  # "pocket", a folder, or a hub id
     if quantize not in (None, "nf4", "int8"): raise ModelError(f"no quantization {quantize!r}", fix="pass 'nf4', 'int8' or None")
     if checkpointing not in (True, False, "auto"): raise ModelError(f"no checkpointing {checkpointing!r}", fix="pass True, False or 'auto'")
     path = locate(name)
+    def ask(kind: Any) -> Any: return ask_hub(path, lambda **how: kind.from_pretrained(path, trust_remote_code=trust_remote_code, **how))
     try:
-        with quiet():
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with quiet(): config, tokenizer = ask(AutoConfig), ask(AutoTokenizer)
     except Exception as e: raise explain_load_failure(str(name), e) from None
     refuse_misfit(config, task, str(name))
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
@@ -199,10 +200,11 @@ def read_weights(model: Model,  # what to load
     kwargs |= dict(dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code, output_loading_info=True)
     if model.attention: kwargs |= dict(attn_implementation=model.attention)
     if model.quantize: kwargs |= dict(quantization_config=quantization(model), device_map={"": model.device})
+    def ask(**how: Any) -> Any:
+        torch.manual_seed(seed)
+        return kind.from_pretrained(model.path, **kwargs, **how)
     try:
-        with quiet(), torch.random.fork_rng():
-            torch.manual_seed(seed)
-            module, told = kind.from_pretrained(model.path, **kwargs)
+        with quiet(), torch.random.fork_rng(): module, told = ask_hub(model.path, ask)
     except Exception as e: raise explain_load_failure(model.name, e) from None
     refuse_holes(model.name, told["missing_keys"])
     module.config.pad_token_id = model.tokenizer.pad_token_id

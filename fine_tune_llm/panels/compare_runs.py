@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STYLES', 'AXES', 'Line', 'run_lines', 'place_steps', 'spread', 'compare_strip', 'short', 'compare_plots',
-           'compare_frame', 'compare_title', 'draw_runs', 'RunsPanel', 'compare_runs']
+           'compare_frame', 'compare_title', 'cost_table', 'draw_runs', 'RunsPanel', 'compare_runs']
 
 # %% ../../nbs/panels/622_compare_runs.ipynb #imports
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,8 @@ from ipywidgets import Button, Dropdown
 from traitlets import Unicode
 
 from ..core.errors import ConfigurationError
-from ..core.figures import Plot, ceiling, cells, ci, num
+from ..core.events import find_runs, summarize_runs
+from ..core.figures import Plot, ceiling, cells, ci, num, table
 from ..core.runs import Run, Status, status
 from .curves import Curves, Trend, curves, trend
 from .figure_panel import Drawn, FigurePanel
@@ -30,11 +31,13 @@ class Line:
     name: str
     now: Status
     data: Curves
+    run: Run
     t: Trend | None  # of its loss, None while there are too few steps
 
-def run_lines(runs: Mapping[str, Any] | Sequence[Any],  # runs or their folders, by name or in order
+def run_lines(runs: Mapping[str, Any] | Sequence[Any] | str | Path,  # runs or their folders, by name or in order, or a folder of runs
              ) -> list[Line]:
     "Read several runs."
+    if isinstance(runs, (str, Path)): runs = find_runs(runs)
     named = list(runs.items()) if isinstance(runs, Mapping) else [(Path(getattr(r, "path", r)).name, r) for r in runs]
     if not 1 <= len(named) <= len(STYLES): raise ConfigurationError(f"{len(named)} runs", fix=f"compare 1 to {len(STYLES)}")
     if len({name for name, _ in named}) < len(named): raise ConfigurationError("two runs have the same name", fix="give a dictionary of names and runs")
@@ -43,7 +46,7 @@ def run_lines(runs: Mapping[str, Any] | Sequence[Any],  # runs or their folders,
         run = run if isinstance(run, Run) else Run.attach(run)
         events = run.events()
         data = curves(events)
-        out.append(Line(str(name), status(events, run.commands()), data, trend(data)))
+        out.append(Line(str(name), status(events, run.commands()), data, run, trend(data)))
     return out
 
 # of the first six no two are alike in dashes and in lightness: they differ without colour too
@@ -142,19 +145,28 @@ def compare_title(frame: Any,  # from `compare_frame`
         return f"Lowest {number}: {told(a)}, then {told(b)}{verdict}"
     return "Too few steps to compare"
 
+# %% ../../nbs/panels/622_compare_runs.ipynb #cost
+def cost_table(lines: Sequence[Line]) -> str:  # HTML, folded
+    "Say what each run has cost, and its best numbers."
+    frame = summarize_runs({r.name: r.run for r in lines})
+    def best(v: float) -> str: return num(v) if v == v else ""
+    rows = [(r.run, r.state, num(r.steps, 0), num(r.rows, 0), num(r.seconds / 60, 1), best(r.nll), best(r.ece), best(r.accuracy), r.warnings) for r in frame.itertuples()]
+    head = ("run", "state", "steps done", "rows", "minutes at work", "lowest NLL", "lowest ECE", "highest accuracy", "warnings")
+    return table(head, rows, "What each run has cost")
+
 # %% ../../nbs/panels/622_compare_runs.ipynb #draw
 def draw_runs(lines: Sequence[Line], axis: str = "step") -> Drawn:
     "Draw several runs on one page."
     frame, states = compare_frame(lines), ", ".join(f"{r.name}: {r.now.state} at step {num(r.now.step, 0)}" for r in lines)
     note = f"{states}. Loss intervals: 95 %, for independent steps. Seeds differ between runs too: one run each does not show that a setting is better."
-    return Drawn(compare_title(frame), note, cells(*compare_plots(lines, axis), cls="full"), frame)
+    return Drawn(compare_title(frame), note, cells(*compare_plots(lines, axis), cls="full") + cost_table(lines), frame)
 
 # %% ../../nbs/panels/622_compare_runs.ipynb #panel
 class RunsPanel(FigurePanel):
     "Show several runs on one page."
     axis = Unicode("step")
 
-    def __init__(self, runs: Mapping[str, Any] | Sequence[Any]):  # runs or their folders, by name or in order
+    def __init__(self, runs: Mapping[str, Any] | Sequence[Any] | str | Path):  # runs or their folders, by name or in order, or a folder of runs
         self.runs = runs
         self.again = Button(description="Read again", tooltip="Take up what running runs have said since")
         self.again.add_class("ft-again")
@@ -163,7 +175,7 @@ class RunsPanel(FigurePanel):
 
     def draw(self) -> Drawn: return draw_runs(run_lines(self.runs), self.axis)
 
-def compare_runs(runs: Mapping[str, Any] | Sequence[Any],  # runs or their folders, by name or in order
+def compare_runs(runs: Mapping[str, Any] | Sequence[Any] | str | Path,  # runs or their folders, by name or in order, or a folder of runs
                 ) -> RunsPanel:
     "Compare the losses and validation numbers of several runs, finished or running."
     run_lines(runs)  # what cannot be read is said at once

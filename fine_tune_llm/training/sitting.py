@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ..core.locks import occupied
+from ..core.logs import log_as
 from ..core.runs import Run
 from .checkpoints import drafting
 from .commands import refuse_stale
@@ -42,7 +43,7 @@ def interruptible(flag: threading.Event) -> Iterator[None]:  # set by the first 
 def sitting(run: Run, flag: threading.Event) -> Iterator[None]:  # set by the first interrupt
     "Be the only trainer of a run, and take an interrupt as a request."
     places = run.path / "checkpoints" / ".work", run.path / "checkpoints"
-    with occupied(run.path) if world()[0] == 0 else nullcontext(), interruptible(flag), drafting(*places): yield
+    with occupied(run.path) if world()[0] == 0 else nullcontext(), log_as(run.path.name), interruptible(flag), drafting(*places): yield
 
 def take_over(run: Run) -> None:
     "Make sure that nobody trains in a folder, and answer what was asked of a dead trainer."
