@@ -14,6 +14,6 @@ setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description
       packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), zip_safe=False,
       package_data={cfg['lib_path']: ['py.typed', 'models/pocket/*']},
       python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(),
-      extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'lab', 'peers', 'prefer', 'generation', 'sweep')},
+      extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'lab', 'peers', 'prefer', 'generation', 'sweep', 'trackers')},
       entry_points={'console_scripts': cfg['console_scripts'].split(), 'fine_tune_llm.panels': cfg['panels'].split(),
                     'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]})

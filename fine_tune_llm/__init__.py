@@ -32,6 +32,7 @@ _HOME = {  # public name -> the module that defines it; loaded at first use, so 
     "read_rows": "data.files", "load_rows": "data.forms",
     "load_model": "models.loading", "preset": "models.presets", "score_label_words": "models.label_scoring", "generate_answers": "models.generation",
     "merge": "models.merging", "prepare_serving": "models.serving", "push_to_hub": "models.hub",
+    "summarize_runs": "core.events", "export_events": "core.trackers", "configure_logging": "core.logs",
     "finetune": "training.trainer", "launch": "training.launch", "sft_data": "training.corpus",
     **dict.fromkeys(("preflight", "preflight_report"), "training.preflight"),
     **dict.fromkeys(("load_pairs", "load_judgements", "split_pairs"), "training.choices"), "prefer": "training.preference", "sweep": "training.sweeps",
