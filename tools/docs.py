@@ -17,7 +17,7 @@ from nbdev.serve import proc_nbs
 from nbformat.v4 import new_markdown_cell
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ("tutorials", "core", "uncertainty", "audit", "data", "models", "training", "panels", "apps")
+FLOORS = ("guide", "tutorials", "core", "uncertainty", "audit", "data", "models", "training", "panels", "apps")
 LIST = "    contents:"  # the line of _quarto.yml below which the list stands
 
 def pages(folder: Path) -> list[str]:
