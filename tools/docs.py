@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import yaml
@@ -85,14 +86,24 @@ def render(proc: Path, docs: Path) -> list[str]:
     if (proc/"images").exists(): shutil.copytree(proc/"images", docs/"images")
     return found
 
+def broken(docs: Path) -> list[str]:
+    "Name the links between pages that lead nowhere."
+    found = []
+    for page in sorted(docs.glob("**/*.html")):
+        links = set(re.findall(r'<a\b[^>]*\bhref="(?![a-z]+:|[#/])([^"#?]+)', page.read_text(encoding="utf-8")))
+        found += [f"{page.relative_to(docs)}: a link leads nowhere: {link}" for link in sorted(links) if not (page.parent/unquote(link)).exists()]
+    return found
+
 def main(root: Path) -> int:
     proc, docs = process(root), root/"_docs"
     if shutil.which("quarto"):
         subprocess.run(["quarto", "render", "--no-cache"], cwd=proc, check=True)
         shutil.rmtree(docs, ignore_errors=True)
         shutil.move(proc/docs.name, docs)
-        return 0
-    bad = render(proc, docs)
+        bad = broken(docs)
+        print(*bad, sep="\n")
+        return bool(bad)
+    bad = render(proc, docs) + broken(docs)
     print(*bad, f"{len(pages(proc))} pages in {docs.name}/, by nbconvert (no Quarto here, so no search and no sidebar)", sep="\n")
     return bool(bad)
 
