@@ -3,10 +3,12 @@ import ast
 import io
 import re
 import tokenize
+from configparser import ConfigParser
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT, LIB = Path(__file__).parents[1], "fine_tune_llm"
 METHOD = re.compile(r"\.[A-Z]\w*\.\w+$")
@@ -118,3 +120,13 @@ def test_no_import_cycle():
 def test_a_cycle_is_found(house, back):
     assert set(cycle(house(a="from .b import y", b=back))) == {f"{LIB}.a", f"{LIB}.b"}
     assert cycle(house(a="from .b import y", b="def f():\n    from .a import x\n")) == []
+
+
+def test_the_citation_says_what_the_package_says():
+    citation, settings = yaml.safe_load((ROOT/"CITATION.cff").read_text(encoding="utf-8")), ConfigParser(delimiters="=")
+    settings.read(ROOT/"settings.ini", encoding="utf-8")
+    package = settings["DEFAULT"]
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys() and citation["cff-version"] == "1.2.0"  # what the format asks for
+    assert citation["version"] == package["version"] and citation["repository-code"] == package["git_url"]
+    assert citation["title"] == f"{package['title']}: {package['description'][0].lower()}{package['description'][1:]}"
+    assert citation["authors"] == [{"name": package["author"]}] and citation["license"] == "Apache-2.0"
