@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/"tools"))
 import docs
+from nbformat.v4 import new_code_cell, new_notebook, new_output, new_raw_cell
 
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s#]+)")
 
@@ -37,3 +38,10 @@ def test_a_dead_link_between_pages_is_named(tmp_path):
     (tmp_path/"index.html").write_text('<a href="core/a.html#top">a</a> <a class="x" href="core/gone.html">b</a> <a href="https://c.d/e">c</a> <a href="#here">d</a>')
     (tmp_path/"core"/"a.html").write_text('<a href="../index.html">up</a>')
     assert docs.broken(tmp_path) == ["index.html: a link leads nowhere: core/gone.html"]
+
+
+def test_a_reference_that_failed_is_named():
+    "nbdev prints the traceback of show_doc as a text."
+    failed = new_code_cell("#| echo: false\nshow_doc(f)", id="f", outputs=[new_output("stream", text="Traceback (most recent call last)\nValueError")])
+    page = new_notebook(cells=[new_raw_cell("---\ntitle: Toy\n---\n"), failed])
+    assert docs.page_html(page, "a.ipynb", [])[1] == ["a.ipynb: cell f shows an error"]

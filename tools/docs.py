@@ -63,7 +63,8 @@ def plain(cell):
 def page_html(nb, page: str, there: list[str]) -> tuple[str, list[str]]:
     "Give a page as HTML that links to the others, and what is wrong with it."
     from nbconvert import HTMLExporter  # here, as the workers of proc_nbs import this file and need it not
-    bad = [f"{page}: cell {c.get('id')} shows an error" for c in nb.cells for o in c.get("outputs", []) if o.output_type == "error"]
+    failed = lambda o: o.output_type == "error" or "Traceback (most recent call last)" in o.get("text", "")  # of show_doc it is but a text
+    bad = [f"{page}: cell {c.get('id')} shows an error" for c in nb.cells for o in c.get("outputs", []) if failed(o)]
     head = yaml.safe_load(nb.cells[0].source.strip().strip("-")) if nb.cells and nb.cells[0].cell_type == "raw" else {}
     if "title" not in head: return "", [*bad, f"{page}: no title"]
     up, cfg = "../" * page.count("/"), get_config()
