@@ -192,7 +192,7 @@ def sidebar(root: Path) -> list[str]:
     there = [nb.name.removeprefix("nbs/") for nb in notebooks(root)]
     bad = [f"_quarto.yml: lists {f}, which is not there" for f in listed if f not in there]
     bad += [f"_quarto.yml: {f} is not listed; run python tools/docs.py --sidebar" for f in there if f not in listed]
-    modules = [f for f in listed if re.search(r"/\d+_", f) and not f.startswith("tutorials/")]
+    modules = [f for f in listed if re.search(r"/\d+_", f) and not f.startswith(("guide/", "tutorials/"))]
     return bad + ([] if modules == sorted(modules, key=lambda f: int(re.search(r"/(\d+)_", f)[1])) else ["_quarto.yml: not in reading order"])
 
 CHECKS = [titles, long_cells, untested, heights, walls, mixed, trust_floors, front_door, public_names, dirty, noise, sidebar]

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import yaml
@@ -17,7 +18,7 @@ from nbdev.serve import proc_nbs
 from nbformat.v4 import new_markdown_cell
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ("tutorials", "core", "uncertainty", "audit", "data", "models", "training", "panels", "apps")
+FLOORS = ("guide", "tutorials", "core", "uncertainty", "audit", "data", "models", "training", "panels", "apps")
 LIST = "    contents:"  # the line of _quarto.yml below which the list stands
 
 def pages(folder: Path) -> list[str]:
@@ -62,7 +63,8 @@ def plain(cell):
 def page_html(nb, page: str, there: list[str]) -> tuple[str, list[str]]:
     "Give a page as HTML that links to the others, and what is wrong with it."
     from nbconvert import HTMLExporter  # here, as the workers of proc_nbs import this file and need it not
-    bad = [f"{page}: cell {c.get('id')} shows an error" for c in nb.cells for o in c.get("outputs", []) if o.output_type == "error"]
+    failed = lambda o: o.output_type == "error" or "Traceback (most recent call last)" in o.get("text", "")  # of show_doc it is but a text
+    bad = [f"{page}: cell {c.get('id')} shows an error" for c in nb.cells for o in c.get("outputs", []) if failed(o)]
     head = yaml.safe_load(nb.cells[0].source.strip().strip("-")) if nb.cells and nb.cells[0].cell_type == "raw" else {}
     if "title" not in head: return "", [*bad, f"{page}: no title"]
     up, cfg = "../" * page.count("/"), get_config()
@@ -85,14 +87,24 @@ def render(proc: Path, docs: Path) -> list[str]:
     if (proc/"images").exists(): shutil.copytree(proc/"images", docs/"images")
     return found
 
+def broken(docs: Path) -> list[str]:
+    "Name the links between pages that lead nowhere."
+    found = []
+    for page in sorted(docs.glob("**/*.html")):
+        links = set(re.findall(r'<a\b[^>]*\bhref="(?![a-z]+:|[#/])([^"#?]+)', page.read_text(encoding="utf-8")))
+        found += [f"{page.relative_to(docs)}: a link leads nowhere: {link}" for link in sorted(links) if not (page.parent/unquote(link)).exists()]
+    return found
+
 def main(root: Path) -> int:
     proc, docs = process(root), root/"_docs"
     if shutil.which("quarto"):
         subprocess.run(["quarto", "render", "--no-cache"], cwd=proc, check=True)
         shutil.rmtree(docs, ignore_errors=True)
         shutil.move(proc/docs.name, docs)
-        return 0
-    bad = render(proc, docs)
+        bad = broken(docs)
+        print(*bad, sep="\n")
+        return bool(bad)
+    bad = render(proc, docs) + broken(docs)
     print(*bad, f"{len(pages(proc))} pages in {docs.name}/, by nbconvert (no Quarto here, so no search and no sidebar)", sep="\n")
     return bool(bad)
 

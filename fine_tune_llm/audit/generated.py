@@ -27,7 +27,10 @@ class RowSums:
     value: Callable[[np.ndarray], float]  # from sums, shape [s], to the metric
     up: bool  # True where more is better
 
-def ratio(sums: np.ndarray) -> float: return float(sums[0] / sums[1]) if sums[1] else float("nan")
+def ratio(sums: np.ndarray,  # a sum and what it is divided by, shape [2]
+         ) -> float:  # NaN where it is divided by 0
+    "Divide one sum by another."
+    return float(sums[0] / sums[1]) if sums[1] else float("nan")
 
 # %% ../../nbs/audit/284_generated.ipynb #perplexity-rows
 def perplexity_rows(log_probs: Sequence[Any],  # per row, log probability of each token, in nats

@@ -27,9 +27,17 @@ from ..uncertainty.predictions import Predictions
 # %% ../../nbs/audit/266_robustness.ipynb #changes
 Change = Callable[[str, np.random.Generator], str]
 
-def upper(text: str, rng: np.random.Generator) -> str: return text.upper()
-def lower(text: str, rng: np.random.Generator) -> str: return text.lower()
-def spaces(text: str, rng: np.random.Generator) -> str: return re.sub(r" ", "  ", text) + " "
+def upper(text: str, rng: np.random.Generator) -> str:
+    "Write everything in capitals."
+    return text.upper()
+
+def lower(text: str, rng: np.random.Generator) -> str:
+    "Write everything in small letters."
+    return text.lower()
+
+def spaces(text: str, rng: np.random.Generator) -> str:
+    "Double every space, and add one at the end."
+    return re.sub(r" ", "  ", text) + " "
 
 def typos(text: str, rng: np.random.Generator) -> str:
     "Swap two neighbouring letters in about one word of ten, at least in one."

@@ -60,7 +60,12 @@ PII: dict[str, tuple[str, Callable[[str], bool]]] = {  # kind -> (pattern, furth
     "phone": (r"(?<![\w+])(?:\+\d|\(\d{2,5}\)|0\d)[\d ()/.-]{5,16}\d(?!\w)", lambda found: 7 <= len(re.sub(r"\D", "", found)) <= 15)}
 
 # %% ../../nbs/data/380_steps.ipynb #mask
-def hide(word: str, holds: Callable[[str], bool], found: re.Match[str]) -> str: return f"[{word}]" if holds(found[0]) else found[0]
+def hide(word: str,  # what to put in its place, without the brackets
+         holds: Callable[[str], bool],  # whether what was found is what it looks like
+         found: re.Match[str],
+        ) -> str:
+    "Replace a finding by its kind, if it is one."
+    return f"[{word}]" if holds(found[0]) else found[0]
 
 def mask_pii(text: str,
              kinds: Sequence[str] = tuple(PII),  # which of PII

@@ -140,7 +140,11 @@ class Tolerance:
 STANDARD = Tolerance()
 
 # %% ../../nbs/models/430_sameness.ipynb #told
-def told(e: Estimate, digits: int = 3) -> str: return f"{e.value:.{digits}f} [{e.low:.{digits}f}, {e.high:.{digits}f}]"
+def told(e: Estimate,
+         digits: int = 3,  # after the point
+        ) -> str:
+    "Write an estimate with its interval."
+    return f"{e.value:.{digits}f} [{e.low:.{digits}f}, {e.high:.{digits}f}]"
 
 def gaps_of(rows: Sequence[ComparisonRow]) -> dict[str, Estimate]:  # metric -> merged minus adapter
     "Collect the differences of a comparison."

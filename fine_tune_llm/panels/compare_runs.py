@@ -101,7 +101,11 @@ def compare_strip(head: str,
         p.text(top, ys[-1], f"{short(lines[i].name)} {num(ys[-1])}", f"c {STYLES[i].split()[0]}", 8, round(4 + free - at))
     return p.xaxis(label, 2 if top <= 1 else 0, 8) if label else p
 
-def short(name: str, most: int = 16) -> str: return name if len(name) <= most else name[:most - 1] + "\u2026"
+def short(name: str,
+          most: int = 16,  # characters to keep
+         ) -> str:
+    "Cut a long name."
+    return name if len(name) <= most else name[:most - 1] + "\u2026"
 
 # %% ../../nbs/panels/622_compare_runs.ipynb #plots
 def compare_plots(lines: Sequence[Line], axis: str = "step") -> list[Plot]:

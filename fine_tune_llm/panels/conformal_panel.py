@@ -60,9 +60,10 @@ def rows_by(preds: Predictions,
 def set_grid(classifier: ConformalClassifier,  # fitted
              test: Predictions,  # rows with true classes that nothing has seen
              column: str = "",  # group column, "" for none
-             alphas: np.ndarray = ALPHAS,  # error rates, rising, shape [A]
+             alphas: np.ndarray | None = None,  # error rates, rising, shape [A]; None: ALPHAS
             ) -> SetGrid:
     "Predict the test rows at every error rate, and keep the counts."
+    alphas = ALPHAS if alphas is None else alphas
     y, (names, codes), k = test.require_y("the coverage of prediction sets"), rows_by(test, column), len(test.labels)
     hits, sizes, laws, words = list[Any](), list[Any](), list[Any](), list[str]()
     rows = np.append(len(y), np.bincount(codes, minlength=len(names))[:len(names)]).astype(int)
