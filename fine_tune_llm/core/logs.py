@@ -32,7 +32,9 @@ def log_as(run: str,  # name of a run
     try: yield
     finally: RUN.reset(token)
 
-def run_of(record: logging.LogRecord) -> str: return str(getattr(record, "run", "") or RUN.get())
+def run_of(record: logging.LogRecord) -> str:  # empty outside a run
+    "Name the run that a record belongs to."
+    return str(getattr(record, "run", "") or RUN.get())
 
 # %% ../../nbs/core/021_logs.ipynb #clean
 def clean(value: Any,  # plain data
