@@ -21,6 +21,7 @@ import typer
 from .config_cli import Changes, Env, Json, add_config_commands
 from .model_cli import DryRun, add_model_commands, chosen_config, dry_run, tell
 from ..core.errors import FineTuneLLMError
+from ..core.secrets import redact
 
 # %% ../../nbs/apps/720_cli.ipynb #app
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -42,7 +43,7 @@ def last_words(error: BaseException) -> tuple[str, int]:  # a line, and the exit
     "Say how a command ended that did not end well."
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Stopped": return f"stopped: {error}".rstrip(": "), 130
     if isinstance(error, OSError): return f"error: {(error.strerror or str(error)).lower()}" + (f" ({error.filename})" if error.filename else ""), 1
-    return f"error: {error}", 1
+    return redact(f"error: {error}"), 1  # the last door before a terminal or a log
 
 # %% ../../nbs/apps/720_cli.ipynb #finish
 def run_and_show(config: Any,  # a Config

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import ConfigurationError
+from .secrets import redact
 
 # %% ../../nbs/core/008_migrations.ipynb #step
 def one_rate_for_all(values: dict[str, Any]) -> dict[str, Any]:
@@ -27,6 +28,6 @@ def migrate(values: dict[str, Any],  # as they stand in a file
     "Bring the settings of an older version up to date."
     version = values.get("version", VERSION)
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= VERSION:
-        raise ConfigurationError(f"version = {version!r} is unknown, this program knows 1 to {VERSION}", fix="install a newer fine_tune_llm, or correct the version")
+        raise ConfigurationError(f"version = {redact(repr(version))} is unknown, this program knows 1 to {VERSION}", fix="install a newer fine_tune_llm, or correct the version")
     for step in MIGRATIONS[version - 1:]: values = step(values)
     return {**values, "version": VERSION} if "version" in values else values
