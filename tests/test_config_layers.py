@@ -165,3 +165,11 @@ def test_equal_values_equal_hash(tmp_path):
     a, b = load(tmp_path, "data: {path: t.csv}\n"), load(tmp_path, "data: {path: t.csv}\n", "training.epochs=3")
     assert a == b and content_hash(a) == content_hash(b) and a.explain() != b.explain()
     assert content_hash(load(tmp_path, "data: {path: t.csv}\n", "training.epochs=4")) != content_hash(a)
+
+
+@pytest.mark.parametrize("values", [{"version": "hf_" + "b" * 34}, {"data": {"path": "x.csv"}, "training": {"epochs": ["x" * 55, "hf_" + "b" * 34]}}])
+def test_a_secret_is_not_repeated_in_part(values, tmp_path):
+    "Neither where a number should stand, nor where a long value is cut."
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigurationError) as refused: load_config(tmp_path / "run.yaml")
+    assert "hf_b" not in str(refused.value)

@@ -141,7 +141,7 @@ def complaints(error: ValidationError,
     def line(e: Any) -> str:
         key = ".".join(map(str, e["loc"]))
         source = next((s for k, s in (origins or {}).items() if k == key or k.startswith(f"{key}.") or key.startswith(f"{k}.")), "")
-        place, value = f" ({source})" if source else "", repr(e["input"])
+        place, value = f" ({source})" if source else "", redact(repr(e["input"]))  # before it is cut: half a secret has no shape
         if e["type"] == "missing": return f"{key} is missing"
         if e["type"] == "extra_forbidden":
             near = nearest(key, known_keys())
