@@ -165,7 +165,7 @@ def lora_plus_groups(module: Any,  # a model with an adapter, or one that is tra
                      learning_rate: float,  # of A, and of whatever is neither B nor the head
                      ratio: float = 16.0,  # of B's rate to A's
                      head_learning_rate: float | None = None,  # of a new head, that of A where not given
-                     weight_decay: float = 0.0,
+                     weight_decay: float = 0.0,  # of matrices, as AdamW takes it; biases and norms have none
                     ) -> list[dict[str, Any]]:  # groups for a torch optimizer
     "Give A, B and the head their own learning rates."
     rates = {"A": learning_rate, "B": ratio * learning_rate, "head": head_learning_rate or learning_rate}

@@ -31,14 +31,16 @@ def attention_window(module: Any) -> int | None:  # tokens; None where every tok
     return min((int(w) for w in found if isinstance(w, int) and w > 0), default=None)
 
 # %% ../../nbs/models/424_label_scoring.ipynb #probe
-def probe_rows(asked: Sequence[Asked]) -> list[Asked]:
+def probe_rows(asked: Sequence[Asked],  # prompts with their answers, at least one
+              ) -> list[Asked]:
     "Take two short prompts of different lengths, with the three longest answers."
     prompt, answers = asked[0].prompt[:24], tuple(sorted(set(asked[0].answers), key=len)[-3:])
     return [Asked(prompt, answers), Asked(prompt[:max(1, len(prompt) // 2)], answers)]
 
 def agrees(module: Any,  # a torch language model, in evaluation mode
            way: str,  # one of WAYS
-           asked: Sequence[Asked], pad: int,
+           asked: Sequence[Asked],  # prompts with their answers; `probe_rows` takes two of them
+           pad: int,  # token id to fill up with
           ) -> bool:
     "Try whether a way gives what reading one text at a time gives."
     import torch
@@ -65,7 +67,10 @@ def choose_way(module: Any,  # a torch language model, in evaluation mode
     raise ModelError("padding changes the scores of this model", fix="load it with attn_implementation='eager' or 'sdpa'")
 
 # %% ../../nbs/models/424_label_scoring.ipynb #group
-def deal_prompts(asked: Sequence[Asked], vocabulary: int, batch_size: int) -> Iterator[list[int]]:  # row numbers, each once
+def deal_prompts(asked: Sequence[Asked],  # n prompts with their answers
+                 vocabulary: int,  # width of a row of logits: 2**25 numbers fit into a batch
+                 batch_size: int,  # prompts in a batch, at most
+                ) -> Iterator[list[int]]:  # row numbers, each once
     "Group prompts of like length, as many as memory allows."
     sizes: dict[tuple[tuple[int, ...], ...], int] = {}
     held: list[int] = []
@@ -97,7 +102,9 @@ def score_asked(model: Model,  # whose tokenizer to use
     if bad: raise InferenceError(f"scores of {bad} texts are not finite", fix="lower the learning rate and train again")
     return out
 
-def check_lengths(model: Model, asked: Sequence[Asked]) -> None:
+def check_lengths(model: Model,  # whose tokenizer and positions set the limit
+                  asked: Sequence[Asked],  # prompts with their answers
+                 ) -> None:
     "Refuse prompts that leave no room for an answer."
     limit = min(model.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9)
     long = [i for i, a in enumerate(asked) if a.longest > limit]
@@ -105,7 +112,12 @@ def check_lengths(model: Model, asked: Sequence[Asked]) -> None:
                                   "shorten these texts, or the template")
 
 # %% ../../nbs/models/424_label_scoring.ipynb #run
-def run_way(module: Any, asked: Sequence[Asked], pad: int, batch_size: int, way: str) -> list[np.ndarray]:
+def run_way(module: Any,  # a torch language model, in evaluation mode
+            asked: Sequence[Asked],  # n prompts with their answers
+            pad: int,  # token id to fill up with
+            batch_size: int,  # prompts in a batch, at most
+            way: str,  # one of WAYS
+           ) -> list[np.ndarray]:  # n arrays of float64 log-likelihoods, one per answer
     "Read prompts in batches, and put the scores back into order."
     import torch
     if way not in WAYS: raise ConfigurationError(f"no way {way!r}", where="way=", fix=f"use auto, {', '.join(WAYS)}")
@@ -120,7 +132,7 @@ def run_way(module: Any, asked: Sequence[Asked], pad: int, batch_size: int, way:
 
 # %% ../../nbs/models/424_label_scoring.ipynb #divisor
 def name_lengths(normalize: str | bool,  # False, "length" (tokens) or "characters"
-                 asked: Asked,
+                 asked: Asked,  # one prompt with its K answers
                  names: Sequence[str],  # of its answers
                 ) -> np.ndarray:  # float64 [K], what to divide by
     "Count by what the scores of answers are divided."
@@ -131,10 +143,12 @@ def name_lengths(normalize: str | bool,  # False, "length" (tokens) or "characte
 # %% ../../nbs/models/424_label_scoring.ipynb #prior
 CONTENT_FREE = ("N/A", "[MASK]", "...")  # texts that say nothing
 
-def content_free_prior(model: Model, module: Any, labels: Labels | Sequence[str],
-                       template: Template | str | Callable[[Mapping[str, Any]], Pieces] = "label-words",
+def content_free_prior(model: Model,  # whose tokenizer to use
+                       module: Any,  # a torch language model, from `build_causal`
+                       labels: Labels | Sequence[str],  # K class names
+                       template: Template | str | Callable[[Mapping[str, Any]], Pieces] = "label-words",  # of columns `text` and `label`
                        normalize: str | bool = False,  # as the scores that it will be taken off
-                       texts: Sequence[str] = CONTENT_FREE,
+                       texts: Sequence[str] = CONTENT_FREE,  # that stand in the place of the text
                       ) -> np.ndarray:  # log probabilities of the K names, float64 [K]
     "Ask a model which names it prefers when there is nothing to judge (Zhao et al. 2021, section 5)."
     scores = score_label_words(model, module, texts, labels, template, normalize)
@@ -162,8 +176,10 @@ def score_label_words(model: Model,  # whose tokenizer to use
     return scores - (content_free_prior(model, module, names, template, normalize) if isinstance(priors, str) else np.asarray(priors, float))
 
 # %% ../../nbs/models/424_label_scoring.ipynb #predictions
-def predict_label_words(model: Model, module: Any, split: Split,
-                        template: Template | str | Callable[[Mapping[str, Any]], Pieces] = "label-words",
+def predict_label_words(model: Model,  # whose tokenizer to use
+                        module: Any,  # a torch language model, from `build_causal`
+                        split: Split,  # n rows, whose labels are the K class names
+                        template: Template | str | Callable[[Mapping[str, Any]], Pieces] = "label-words",  # of columns `text` and `label`
                         normalize: str | bool = False, priors: str | np.ndarray | None = None, batch_size: int = 8,  # of `score_label_words`
                         source: str = "",  # fingerprint of the model, its name where not given
                         seen: Mapping[str, frozenset[str]] | None = None,  # stage -> ids of the rows that shaped the model

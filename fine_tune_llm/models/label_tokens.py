@@ -22,7 +22,9 @@ class Asked:
     answers: tuple[tuple[int, ...], ...]  # each of at least one token
 
     @property
-    def longest(self) -> int: return len(self.prompt) + max(map(len, self.answers))  # tokens of the prompt with its longest answer
+    def longest(self) -> int:
+        "Count the tokens of the prompt with its longest answer."
+        return len(self.prompt) + max(map(len, self.answers))
 
 # %% ../../nbs/models/421_label_tokens.ipynb #split
 def surroundings(tokenizer: Any) -> tuple[list[int], list[int], set[int]]:  # tokens before every text, tokens that close an answer, ids that stand for no text
@@ -70,7 +72,9 @@ def ask_rows(rows: Iterable[Sequence[Mapping[str, Any]]],  # per row: the column
         out += [ask_row(row, len(out) + i, ids, tokenizer, around) for i, row in enumerate(made)]
     return out
 
-def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def chunks(items: Iterable[Any],  # to deal, in their order; read as they are needed
+           size: int,  # items in a list, 1 or more; the last list may be shorter
+          ) -> Iterator[list[Any]]:
     "Deal items into lists."
     held: list[Any] = []
     for item in items:

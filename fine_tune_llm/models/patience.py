@@ -74,7 +74,7 @@ def ask_again(ask: Callable[[], T],  # the request
               breaker: Breaker,  # of the server
               passes: Callable[[BaseException], bool] = is_passing,  # whether a failure may pass
               pauses: list[float] | None = None,  # seconds between requests, those of `waits` where not given
-              sleep: Callable[[float], object] = time.sleep,
+              sleep: Callable[[float], object] = time.sleep,  # gets the seconds to wait; a test passes its own
              ) -> T:  # what the request gave
     "Make a request, and repeat it while its failures pass."
     for pause in [*(waits() if pauses is None else pauses), None]:

@@ -23,7 +23,8 @@ from ..data.templates import PLAIN, Template, gaps
 from .loading import quiet
 
 # %% ../../nbs/models/434_serving.ipynb #jinja
-def literal(text: str) -> str:
+def literal(text: str,  # that must come out of Jinja unchanged
+           ) -> str:  # a Jinja expression; "" for no text
     "Write a text into a Jinja template."
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
 
@@ -37,7 +38,7 @@ def one_turn(pattern: str) -> str:  # Jinja
     return literal(before) + "{{ messages[-1]['content'] }}" + literal(after)
 
 # %% ../../nbs/models/434_serving.ipynb #chat-jinja
-def chat_jinja(template: Template,
+def chat_jinja(template: Template,  # of the training: chat, completion or instruction
                tokenizer: Any,  # that the model was trained with
               ) -> str:  # a Jinja chat template
     "Write a template in the form that servers read."
@@ -53,7 +54,8 @@ def chat_jinja(template: Template,
     raise ConfigurationError(f"no chat template can be written for {template.name!r}", fix="use chat, completion or instruction, or serve whole prompts")
 
 # %% ../../nbs/models/434_serving.ipynb #both
-def trained_prompt(template: Template, row: Mapping[str, Any],
+def trained_prompt(template: Template,  # of the training
+                   row: Mapping[str, Any],  # with the columns that the template wants
                    tokenizer: Any,  # that the model was trained with
                   ) -> list[int]:  # token ids up to the last answer
     "Tokenize the prompt of a row as training does."
@@ -69,9 +71,9 @@ def request(template: Template, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": str(row[column])}]
 
 # %% ../../nbs/models/434_serving.ipynb #served-text
-def served_text(messages: Sequence[Mapping[str, Any]],
+def served_text(messages: Sequence[Mapping[str, Any]],  # with role and content
                 tokenizer: Any,  # of the exported folder
-               ) -> str:
+               ) -> str:  # the prompt, up to where the answer begins
     "Render messages as a server does."
     return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
@@ -84,7 +86,7 @@ def first_difference(trained: Sequence[int], served: Sequence[int], tokenizer: A
     return f"token {k + 1} was {a} in training and is {b} when served"
 
 # %% ../../nbs/models/434_serving.ipynb #compare-prompts
-def compare_prompts(rows: Sequence[Mapping[str, Any]],
+def compare_prompts(rows: Sequence[Mapping[str, Any]],  # as in training, with the columns of the template
                     template: Template,  # of the training
                     before: Any,  # tokenizer of the training
                     after: Any,  # tokenizer of the exported folder, with its chat template
@@ -105,13 +107,18 @@ class Marks:
     ask: str  # what invites the next answer
 
 # %% ../../nbs/models/434_serving.ipynb #cut
-def cut(text: str, end: str, what: str) -> str:
+def cut(text: str,  # with marks at its end
+        end: str,  # the ending that must be there
+        what: str,  # the role, for the message
+       ) -> str:
     "Take an ending off a text."
     if not text.endswith(end): raise ValueError(f"the marks of {what} depend on their place")
     return text[:len(text) - len(end)]
 
 # %% ../../nbs/models/434_serving.ipynb #between
-def between(text: str, *contents: str) -> list[str]:
+def between(text: str,  # a rendering
+            *contents: str,  # in their order; each must occur once
+           ) -> list[str]:  # the marks before, between and after them
     "Cut a rendering at its contents."
     parts = []
     for c in contents:
@@ -139,7 +146,7 @@ def find_marks(tokenizer: Any) -> Marks:  # of the exported folder
     return Marks(head, {"system": (first[len(head):], cut(gap, before_user, "system")), **around}, ask)
 
 # %% ../../nbs/models/434_serving.ipynb #go
-def go_template(marks: Marks,
+def go_template(marks: Marks,  # from `find_marks`, without braces and triple quotes
                 skip: str = "",  # text of the tokens that the server puts in front
                ) -> str:  # in Go's language
     "Write a chat template for Ollama."
@@ -151,7 +158,7 @@ def go_template(marks: Marks,
 
 # %% ../../nbs/models/434_serving.ipynb #render-go
 def render_go(template: str,  # that `go_template` wrote
-              messages: Sequence[Mapping[str, Any]],
+              messages: Sequence[Mapping[str, Any]],  # with role and content; roles without marks are skipped
              ) -> str:
     "Render the one shape of Go template that is written here, and refuse all others."
     shape = re.fullmatch(r"(.*?)\{\{ range \.Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", template, re.S)
@@ -165,7 +172,7 @@ def render_go(template: str,  # that `go_template` wrote
 # %% ../../nbs/models/434_serving.ipynb #lines
 def serve_lines(folder: str | Path,  # as it will be named on the command line
                 name: str,  # of the model, for clients
-                classifier: bool = False,
+                classifier: bool = False,  # only vLLM serves one
                 ollama: bool = True,  # there is a Modelfile
                ) -> dict[str, list[str]]:  # program -> command lines
     "Write the command lines that serve a folder."
@@ -184,7 +191,7 @@ def serve_lines(folder: str | Path,  # as it will be named on the command line
 @dataclass(frozen=True)
 class Serving:
     "Hold what was written into a folder, and what was compared."
-    folder: Path
+    folder: Path  # with SERVING.md, the template and the weights
     prompts: int  # equal in every token in training and when served
     lines: Mapping[str, Sequence[str]]  # program -> command lines
     left_out: tuple[str, ...] = ()  # what was not written, and why
@@ -216,7 +223,8 @@ def serving_page(s: Serving, template: str) -> str:  # Markdown
     return "\n\n".join([*page, *([f"## Chat template\n\n{fence}\n{template}\n{fence}"] if template else [])]) + "\n"
 
 # %% ../../nbs/models/434_serving.ipynb #prepare
-def refuse_bad_merge(folder: Path) -> None:
+def refuse_bad_merge(folder: Path,  # that `merge` wrote; one without a certificate passes
+                    ) -> None:
     "Refuse a folder whose certificate says that it holds another model."
     if not (folder / "config.json").is_file(): raise ModelError("no model here", where=str(folder), fix="pass a folder that merge wrote")
     path = folder / "certificate.json"
