@@ -6,7 +6,6 @@ from fine_tune_llm.models.generation import token_log_probs
 from fine_tune_llm.models.hub import without_token
 from fine_tune_llm.models.loading import build_causal, load_model
 
-
 def test_a_row_without_tokens_is_named() -> None:
     model = load_model("pocket", "sft", device="cpu")
     with pytest.raises(DataError, match="1 rows cannot be scored.*rows 1"):
