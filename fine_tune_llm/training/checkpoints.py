@@ -85,7 +85,7 @@ def drafting(work: Path,  # where drafts are written, checkpoint-10, checkpoint-
                             fix=f"{'free some space' if full else 'mend that'}, then resume: the run goes on from {good.name if good else 'its start'}") from e
 
 # %% ../../nbs/training/500_checkpoints.ipynb #prune
-def prune_checkpoints(folder: Path,
+def prune_checkpoints(folder: Path,  # that holds the step-NNNNNN folders
                       keep: int,  # good checkpoints to keep, at least 1
                      ) -> None:
     "Remove all but the newest few good checkpoints."

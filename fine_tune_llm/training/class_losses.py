@@ -131,7 +131,9 @@ class ClassLoss:
     options: Mapping[str, Any] = field(default_factory=dict)  # plain data, for a configuration and a fingerprint
 
     @property
-    def extra(self) -> int: return CLASS_LOSSES[self.name][1]  # outputs beyond the classes
+    def extra(self) -> int:
+        "Count the outputs beyond the classes: 1 where the loss may abstain."
+        return CLASS_LOSSES[self.name][1]
     def __call__(self, logits: Any, y: Any) -> Any:  # torch tensors [n, K + extra] and [n] -> losses [n]
         return partial(CLASS_LOSSES[self.name][0], **self.options)(logits, y)
 

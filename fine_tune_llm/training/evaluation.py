@@ -31,8 +31,15 @@ class Tally:
     right: tuple[np.ndarray, ...] = ()  # whether they are right, bool [m], by batch
 
     @property
-    def n(self) -> int: return self.bins.n
-    def update(self, logits: Any, y: Any) -> "Tally": return self + tally(logits, y)  # finite [m, K], classes [m]
+    def n(self) -> int:
+        "Count the rows so far."
+        return self.bins.n
+    def update(self,
+               logits: Any,  # finite, shape [m, K]
+               y: Any,  # true classes, shape [m]
+              ) -> "Tally":  # with the rows of both
+        "Give a tally with one more batch in it, and leave this one."
+        return self + tally(logits, y)
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(self.nll + other.nll, self.brier + other.brier, self.bins + other.bins, self.sure + other.sure, self.right + other.right)
     def __repr__(self) -> str: return f"Tally({self.n} rows)"
@@ -60,7 +67,7 @@ def coverage_within(expected: np.ndarray,  # losses from the surest row to the l
     within = np.cumsum(expected) <= risk * np.arange(1, len(expected) + 1) + 1e-9
     return float(np.flatnonzero(within).max(initial=-1) + 1) / len(expected)
 
-def class_figures(t: Tally,
+def class_figures(t: Tally,  # of all validation rows, at least one
                   target_risk: float = 0.05,  # share of errors among answers that is tolerated
                   n_boot: int = 200,  # draws for the interval of the calibration error
                  ) -> dict[str, float]:  # the measures of a classifier by name
@@ -76,7 +83,8 @@ def class_figures(t: Tally,
 MEASURES = {"nll": -1, "brier": -1, "ece": -1, "selective_risk": -1, "coverage_at_risk": 1, "accuracy": 1, "loss": -1}  # name -> 1 where more is better
 
 # %% ../../nbs/training/522_evaluation.ipynb #stream
-def logits_by_batch(model: Model, module: Any,  # a torch classifier
+def logits_by_batch(model: Model,  # whose tokenizer to use
+                    module: Any,  # a torch classifier
                     texts: Sequence[str],  # n texts
                     batch_size: int = 64,  # texts in a batch, at most
                     max_length: int | None = None,  # tokens at most

@@ -22,7 +22,7 @@ def digest(parts: Iterable[str]) -> str:  # 16 hex digits
 
 # %% ../../nbs/training/510_fingerprint.ipynb #flat
 def flatten(nest: Mapping[str, Any],  # mappings within mappings
-            prefix: str = "",
+            prefix: str = "",  # put before each name; ends in a dot, or is empty
            ) -> dict[str, str]:  # dotted name -> value as text
     "Spread nested settings into dotted names."
     out: dict[str, str] = {}

@@ -35,8 +35,14 @@ def bend(z: torch.Tensor,  # raw logits, float32, shape [rows, V]; may be writte
 class FrozenHead(torch.autograd.Function):
     "Sum the loss over rows, with the gradient of the hidden states made in the forward pass."
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
-                chunk: int, factor: float, cap: float | None) -> torch.Tensor:
+    def forward(ctx: Any,  # torch's, which carries the gradient to `backward`
+                hidden: torch.Tensor,  # states before each target, [rows, d]
+                weight: torch.Tensor, bias: torch.Tensor | None,  # of the head, frozen: [V, d] and [V]
+                targets: torch.Tensor,  # token ids, int64, [rows]
+                chunk: int,  # rows of logits at a time, which bounds the memory
+                factor: float, cap: float | None,  # from `logit_rule`
+               ) -> torch.Tensor:  # the sum, a float32 scalar
+        "Sum the cross-entropy of the rows in nats, piece by piece."
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if ctx.needs_input_grad[0] else None
         buffer = weight.new_empty(min(chunk, round_up(len(hidden), 16)), len(weight))
@@ -49,7 +55,9 @@ class FrozenHead(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: torch.Tensor,  # type: ignore[override] # d loss / d sum, a scalar
+                ) -> tuple[torch.Tensor | None, ...]:  # for `hidden` alone, [rows, d]
+        "Scale the gradient that the forward pass has made."
         (grad,) = ctx.saved_tensors
         return (grad * grad_output).to(ctx.dtype), None, None, None, None, None, None
 
