@@ -87,14 +87,14 @@ def fitting_template(rows: Rows,  # of `load_rows`
     return find_template("chat-plain" if name == "chat" and not getattr(tokenizer, "chat_template", None) else name)
 
 # %% ../../nbs/training/527_corpus.ipynb #take
-def take_rows(rows: Rows,  # to take from
+def take_rows(rows: Rows,  # of `load_rows`
               positions: np.ndarray,  # in the table, int64
              ) -> Rows:  # their places in the file are kept
     "Take some rows."
     files, places = locate(rows, positions)
     return replace(rows, table=rows.table.take(positions), runs=runs(places, files), quarantine=())
 
-def part_rows(rows: Rows,  # to divide
+def part_rows(rows: Rows,  # of `load_rows`
               template: Template,  # tells what a row asks: rows that ask the same stay together
               tokenizer: Any,  # that renders the rows
               share: float,  # of the rows for measuring, 0 up to 1

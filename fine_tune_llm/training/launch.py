@@ -23,7 +23,9 @@ from ..core.runs import Run, write_atomic
 from .processes import alone
 
 # %% ../../nbs/training/540_launch.ipynb #tail
-def last_lines(file: Path, n: int = 8) -> str:
+def last_lines(file: Path,  # a log; one that is not there is empty
+               n: int = 8,  # lines to keep where none begins with "error: "
+              ) -> str:
     "Read the error at the end of a log, or its last lines."
     lines = file.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines() if file.exists() else []
     kept = [line for line in lines if line.strip()]
@@ -52,12 +54,17 @@ class LaunchedRun(Run):
 
 # %% ../../nbs/training/540_launch.ipynb #command
 def launch_command(folder: Path,  # of the run
-                   resume: bool, accept: Collection[str]) -> list[str]:
+                   resume: bool,  # go on with the run in that folder
+                   accept: Collection[str],  # names in the fingerprint that may differ
+                  ) -> list[str]:  # program and arguments
     "Say how to start the process."
     main = [sys.executable, "-c", "from fine_tune_llm.apps.cli import main; main()", "run", str(folder / "launch.yaml")]
     return [*main, *(["--resume", str(folder)] if resume else []), *(part for name in accept for part in ("--accept", name))]
 
-def prepare_folder(config: Config, folder: Path, resume: bool) -> None:
+def prepare_folder(config: Config,  # of the run; its `out` is replaced by the folder
+                   folder: Path,  # of the run
+                   resume: bool,  # the folder is there already
+                  ) -> None:
     "Write the configuration for the process, and make the folder if it is new."
     if not resume: Run.create(folder)
     settings = config.model_copy(update={"out": str(folder)}).model_dump(mode="json")
