@@ -37,7 +37,8 @@ def may_run_code(path: Path,  # of any file; its first bytes are read, and names
     with ZipFile(path) as z: return any(n.lower().endswith(PICKLED) for n in z.namelist())
 
 # %% ../../nbs/models/436_hub.ipynb #secret-in
-def secret_in(path: Path) -> str:  # what was found, never the secret itself; "" where nothing was
+def secret_in(path: Path,  # of a file; its first 16 MiB are read
+             ) -> str:  # what was found, never the secret itself; "" where nothing was
     "Search a file for what looks like a key."
     if SECRET_NAMES.search(path.name): return "a name that keys have"
     with path.open("rb") as f: raw = f.read(1 << 24)
@@ -46,7 +47,8 @@ def secret_in(path: Path) -> str:  # what was found, never the secret itself; ""
     return next((what for what, shape in SECRETS.items() if re.search(shape, text)), "")
 
 # %% ../../nbs/models/436_hub.ipynb #list
-def files_to_upload(folder: str | Path) -> dict[str, int]:  # path in the repository -> bytes
+def files_to_upload(folder: str | Path,  # that `merge` wrote
+                   ) -> dict[str, int]:  # path in the repository -> bytes
     "List what would be uploaded, or refuse."
     folder = Path(folder)
     if not folder.is_dir(): raise ModelError("no folder to upload", where=str(folder), fix="pass a folder that merge wrote")
@@ -61,7 +63,8 @@ def files_to_upload(folder: str | Path) -> dict[str, int]:  # path in the reposi
     return found
 
 # %% ../../nbs/models/436_hub.ipynb #card
-def certificate_text(folder: Path) -> list[str]:  # Markdown
+def certificate_text(folder: Path,  # that `merge` wrote, perhaps without a certificate
+                    ) -> list[str]:  # Markdown
     "Tell what the certificate of a folder says."
     path = folder / "certificate.json"
     if not path.is_file(): return ["No certificate: nobody has compared this model with the one that was tested."]

@@ -23,7 +23,8 @@ from .loading import Model
 from ..uncertainty.predictions import Predictions, log_softmax_rows
 
 # %% ../../nbs/models/424_label_scoring.ipynb #window
-def attention_window(module: Any) -> int | None:  # tokens; None where every token sees all before it
+def attention_window(module: Any,  # a torch language model, of which the configuration is read
+                    ) -> int | None:  # tokens; None where every token sees all before it
     "Find how far back a model looks."
     config = module.config.get_text_config()
     if getattr(config, "use_sliding_window", True) is False: return None

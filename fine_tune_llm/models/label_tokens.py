@@ -27,7 +27,8 @@ class Asked:
         return len(self.prompt) + max(map(len, self.answers))
 
 # %% ../../nbs/models/421_label_tokens.ipynb #split
-def surroundings(tokenizer: Any) -> tuple[list[int], list[int], set[int]]:  # tokens before every text, tokens that close an answer, ids that stand for no text
+def surroundings(tokenizer: Any,  # of the model that will be asked
+                ) -> tuple[list[int], list[int], set[int]]:  # tokens before every text, tokens that close an answer, ids that stand for no text
     "Find what a tokenizer puts around texts and answers."
     return affixes(tokenizer)[0], [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], special_tokens(tokenizer)
 

@@ -147,7 +147,8 @@ def load_model(name: str | Path,  # "pocket", a folder, or a hub id
     return Model(str(name), path, task, tokenizer, config, plan.device, plan.dtype, quantize, trust_remote_code, attention, checkpointing, plan)
 
 # %% ../../nbs/models/400_loading.ipynb #quantization
-def quantization(model: Model) -> Any:  # transformers' BitsAndBytesConfig
+def quantization(model: Model,  # with quantize "int8" or "nf4"
+                ) -> Any:  # transformers' BitsAndBytesConfig
     "Translate `quantize` for bitsandbytes."
     import torch
     from transformers import BitsAndBytesConfig
@@ -240,7 +241,8 @@ def build_causal(model: Model,  # what to load
     return read_weights(model, AutoModelForCausalLM)
 
 # %% ../../nbs/models/400_loading.ipynb #weights
-def weights_fingerprint(model: Model) -> str:  # 16 hex digits of a sha256, or a hub commit
+def weights_fingerprint(model: Model,  # from `load_model`
+                       ) -> str:  # 16 hex digits of a sha256, or a hub commit
     "Name the base weights by their content."
     if not Path(model.path).is_dir():
         from huggingface_hub import try_to_load_from_cache

@@ -83,16 +83,24 @@ def adapter_share(shift: Shift,  # with `along` and `size` from a bare base
     return Estimate(value, value - half, value + half, n, "share of the adapter", "ratio of sums", level)
 
 # %% ../../nbs/models/430_sameness.ipynb #tokens
-def worth_of(m: Metric, text: np.ndarray) -> np.ndarray:  # independent rows, shape [1]
+def worth_of(m: Metric,  # one value per token
+             text: np.ndarray,  # number of each token's text, shape [n]
+            ) -> np.ndarray:  # independent rows, shape [1]
     "Count the independent rows of a metric of tokens."
     return clustered(m, np.zeros(len(text), dtype=np.int64), 1, text)[0]
 
-def token_ends(m: Metric, text: np.ndarray, level: float) -> tuple[Ends, Ends]:  # to show, to compare
+def token_ends(m: Metric,  # one value per token
+               text: np.ndarray,  # number of each token's text, shape [n]
+               level: float,  # confidence of the intervals
+              ) -> tuple[Ends, Ends]:  # to show, to compare
     "Estimate a metric of tokens."
     return ends_of(Tally(tally(m, np.zeros(len(text), dtype=np.int64), 1).sums, worth_of(m, text)), m.kind, level)
 
 # %% ../../nbs/models/430_sameness.ipynb #token-gap
-def token_gap(a: Metric, b: Metric, text: np.ndarray, level: float) -> Estimate:  # second minus first
+def token_gap(a: Metric, b: Metric,  # the same metric of two models, on the same tokens
+              text: np.ndarray,  # number of each token's text, shape [n]
+              level: float,  # confidence of the interval
+             ) -> Estimate:  # second minus first
     "Bound the difference of a metric of tokens between two models."
     if a.kind == "calibration error":
         (_, x), (_, y) = token_ends(a, text, level), token_ends(b, text, level)
@@ -148,7 +156,8 @@ def told(e: Estimate,  # a number with its interval
     "Write an estimate with its interval."
     return f"{e.value:.{digits}f} [{e.low:.{digits}f}, {e.high:.{digits}f}]"
 
-def gaps_of(rows: Sequence[ComparisonRow]) -> dict[str, Estimate]:  # metric -> merged minus adapter
+def gaps_of(rows: Sequence[ComparisonRow],  # from `compare` or `token_rows`
+           ) -> dict[str, Estimate]:  # metric -> merged minus adapter
     "Collect the differences of a comparison."
     return {r.metric: r.gap for r in rows if r.gap is not None}
 
@@ -227,14 +236,16 @@ def certificate_frame(c: MergeCertificate,  # of a merge
     lone = [ComparisonRow(e.name, "(all)", "merged", e) for e in (c.agreement, c.kl, c.share)]
     return comparison_frame([*lone, *c.rows])
 
-def certificate_dict(c: MergeCertificate) -> dict[str, Any]:  # what JSON can hold
+def certificate_dict(c: MergeCertificate,  # of a merge
+                    ) -> dict[str, Any]:  # what JSON can hold
     "Give a certificate as plain values; a number that does not exist is None."
     records = [{str(k): None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()} for row in certificate_frame(c).to_dict("records")]
     return {"kind": "merge certificate", "version": 1, "verdict": c.verdict, "reasons": list(c.reasons), "unit": c.unit, "n": c.n,
             "largest logit difference": c.delta, "numbers": records, "tolerance": asdict(c.tolerance), "trust": list(c.trust), "notes": list(c.notes)}
 
 # %% ../../nbs/models/430_sameness.ipynb #certify
-def digest_of(part: Any) -> str:  # 16 hex digits
+def digest_of(part: Any,  # with `to_dict`
+             ) -> str:  # 16 hex digits
     "Name a fitted calibrator or conformal classifier by its content."
     return sha256(json.dumps(part.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 

@@ -29,7 +29,8 @@ def literal(text: str,  # that must come out of Jinja unchanged
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
 
 # %% ../../nbs/models/434_serving.ipynb #one-turn
-def one_turn(pattern: str) -> str:  # Jinja
+def one_turn(pattern: str,  # of a prompt, with one {column} in it; two braces stand for one
+            ) -> str:  # Jinja
     "Turn a prompt with one gap into a chat template."
     names = gaps(pattern)
     if len(names) != 1 or pattern.count("{" + names[0] + "}") != 1: raise ConfigurationError(f"a prompt of {len(names)} columns is no conversation", where=repr(pattern[:60]),
@@ -64,7 +65,9 @@ def trained_prompt(template: Template,  # of the training
     return [*([] if made.whole else affixes(tokenizer)[0]), *ids]
 
 # %% ../../nbs/models/434_serving.ipynb #request
-def request(template: Template, row: Mapping[str, Any]) -> list[dict[str, Any]]:  # messages
+def request(template: Template,  # of the training
+            row: Mapping[str, Any],  # with the columns of the template
+           ) -> list[dict[str, Any]]:  # messages
     "Make of a row what a client would send."
     if template.name == "chat": return conversation(row)[:-1]
     column = "instruction" if template.name == "instruction" else gaps(str(template.recipe["prompt"]))[0]
@@ -78,7 +81,10 @@ def served_text(messages: Sequence[Mapping[str, Any]],  # with role and content
     return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
 # %% ../../nbs/models/434_serving.ipynb #first-difference
-def first_difference(trained: Sequence[int], served: Sequence[int], tokenizer: Any) -> str:  # "" where there is none
+def first_difference(trained: Sequence[int],  # token ids of the prompt in training
+                     served: Sequence[int],  # token ids of the prompt that a server makes
+                     tokenizer: Any,  # of the training, to name the tokens
+                    ) -> str:  # "" where there is none
     "Name the first token that differs."
     if list(trained) == list(served): return ""
     k = common_prefix(trained, served)
@@ -128,7 +134,8 @@ def between(text: str,  # a rendering
     return [*parts, text]
 
 # %% ../../nbs/models/434_serving.ipynb #find-marks
-def find_marks(tokenizer: Any) -> Marks:  # of the exported folder
+def find_marks(tokenizer: Any,  # of the exported folder, with its chat template
+              ) -> Marks:
     "Read the marks of each role off a few renderings."
     said = {"system": "qsysq", "user": "quserq", "assistant": "qansq", "again": "qagainq"}
     def show(*roles: str, ask: bool = False) -> list[str]:
@@ -197,7 +204,10 @@ class Serving:
     left_out: tuple[str, ...] = ()  # what was not written, and why
 
 # %% ../../nbs/models/434_serving.ipynb #write-modelfile
-def write_modelfile(folder: Path, tokenizer: Any, requests: Sequence[Sequence[Mapping[str, Any]]]) -> str:  # why it was left out, or ""
+def write_modelfile(folder: Path,  # that gets the Modelfile
+                    tokenizer: Any,  # of that folder, with its chat template
+                    requests: Sequence[Sequence[Mapping[str, Any]]],  # conversations to compare the two templates on
+                   ) -> str:  # why it was left out, or ""
     "Write a Modelfile whose template has been compared, or none."
     front = affixes(tokenizer)[0]
     skip = "".join(tokenizer.convert_ids_to_tokens(front))
@@ -214,7 +224,9 @@ def write_modelfile(folder: Path, tokenizer: Any, requests: Sequence[Sequence[Ma
     return ""
 
 # %% ../../nbs/models/434_serving.ipynb #serving-page
-def serving_page(s: Serving, template: str) -> str:  # Markdown
+def serving_page(s: Serving,  # what was written and compared
+                 template: str,  # in Jinja; "" for a classifier
+                ) -> str:  # Markdown
     "Tell how to serve a folder."
     told = f"{s.prompts} prompts were rendered by the training and by this folder, and are equal in every token." if s.prompts else "A classifier has no prompt template."
     fence = "`" * (3 + max((len(m) for m in re.findall("`{3,}", template)), default=0))

@@ -65,7 +65,8 @@ def collate(rows: Sequence[Mapping[str, Any]],  # of a step, with input_ids, lab
 # %% ../../nbs/training/528_causal_loop.ipynb #part-loss
 def part_loss(module: Any,  # a torch language model with its adapter
               part: Mapping[str, Any],  # a batch from `collate`
-              plan: CausalPlan) -> Any:  # the sum of the losses, a tensor
+              plan: CausalPlan,  # of the run
+             ) -> Any:  # the sum of the losses, a tensor
     "Sum the loss over the supervised tokens of a part."
     from fine_tune_llm.training.supervised_loss import supervised_loss
     if plan.selective: return supervised_loss(module, **part)[0]

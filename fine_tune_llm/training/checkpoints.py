@@ -17,7 +17,8 @@ from pathlib import Path
 from ..core.errors import TrainingError
 
 # %% ../../nbs/training/500_checkpoints.ipynb #digest
-def describe_file(path: Path) -> dict[str, int | str]:  # its bytes and the sha256 of them
+def describe_file(path: Path,  # of a file of any size
+                 ) -> dict[str, int | str]:  # its bytes and the sha256 of them
     "Measure a file for the manifest."
     digest = sha256()
     with path.open("rb") as f:
@@ -25,7 +26,8 @@ def describe_file(path: Path) -> dict[str, int | str]:  # its bytes and the sha2
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 # %% ../../nbs/training/500_checkpoints.ipynb #seal
-def force(path: Path) -> None:  # a file or folder
+def force(path: Path,  # a file or folder
+         ) -> None:
     "Have the system put a file on the disk now."
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)

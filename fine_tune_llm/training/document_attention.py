@@ -32,7 +32,9 @@ def document_lengths(position_ids: torch.Tensor,  # [1, tokens]
 
 # %% ../../nbs/training/506_document_attention.ipynb #unseen
 @functools.cache
-def unseen(length: int, window: int | None) -> torch.Tensor:  # bool, [length, length], true where a query must not look
+def unseen(length: int,  # tokens of a document, n
+           window: int | None,  # keys a query may look back to, itself included; None: all
+          ) -> torch.Tensor:  # bool, [length, length], true where a query must not look
     "Mark later keys, and keys further back than a sliding window."
     i = torch.arange(length)
     later = i[:, None] < i
@@ -43,7 +45,9 @@ class ShortAttention(torch.autograd.Function):
     "Attend within one document by plain matrix products."
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [heads, n, d], [key heads, n, d] twice
-                scaling: float, window: int | None) -> torch.Tensor:  # [heads, n, d]
+                scaling: float,  # of the scores
+                window: int | None,  # keys a query may look back to; None: all
+               ) -> torch.Tensor:  # [heads, n, d]
         "Compute softmax(q k' scaling + mask) v (Vaswani et al. 2017, eq. 1)."
         (heads, n, d), groups, size = q.shape, len(k), round_up(q.shape[1], 64)
         q, k, v = (F.pad(x, (0, 0, 0, size - n)) for x in (q, k, v))
@@ -67,7 +71,10 @@ class ShortAttention(torch.autograd.Function):
 
 # %% ../../nbs/training/506_document_attention.ipynb #document
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [heads, n, d], [key heads, n, d] twice
-           scaling: float, window: int | None, dropout: float) -> torch.Tensor:  # [heads, n, d]
+           scaling: float,  # of the scores
+           window: int | None,  # keys a query may look back to; None: all
+           dropout: float,  # share of the weights, 0 outside training
+          ) -> torch.Tensor:  # [heads, n, d]
     "Attend within one document."
     n = q.shape[1]
     if n <= 512 and not dropout: return ShortAttention.apply(q, k, v, scaling, window)

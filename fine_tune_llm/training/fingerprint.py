@@ -14,7 +14,8 @@ from typing import Any
 from ..core.errors import TrainingError
 
 # %% ../../nbs/training/510_fingerprint.ipynb #digest
-def digest(parts: Iterable[str]) -> str:  # 16 hex digits
+def digest(parts: Iterable[str],  # in their order; where one ends counts
+          ) -> str:  # 16 hex digits
     "Hash a sequence of texts."
     state = sha256()
     for part in parts: state.update(part.encode() + b"\x00")

@@ -38,14 +38,18 @@ class LaunchedRun(Run):
     "Hold a run that trains in a process of its own."
     process: Any = field(default=None, compare=False)  # subprocess.Popen
 
-    def wait(self, timeout: float | None = None) -> str:  # seconds; the state at the end or when the time was up
+    def wait(self,
+             timeout: float | None = None,  # seconds; None: until the end
+            ) -> str:  # the state at the end or when the time was up
         "Wait for the process, and raise what it died of."
         try: code = self.process.wait(timeout)
         except subprocess.TimeoutExpired: return self.state
         if code and self.state != "stopped": raise self.death(code)
         return self.state
 
-    def death(self, code: int) -> TrainingError:  # exit code, negative for a signal
+    def death(self,
+              code: int,  # of the process, negative for a signal
+             ) -> TrainingError:
         "Say how the process ended."
         said, log = last_lines(self.path / "process.log"), str(self.path / "process.log")
         if code > 0 and said: return TrainingError(f"the training failed: {said}", where=log, fix="mend that; then launch(..., resume=run.path)")

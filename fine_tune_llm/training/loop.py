@@ -203,7 +203,8 @@ def ordered_trainer(lengths: Sequence[int],  # tokens of each row, for batches o
                     names: Sequence[str],  # id of each row
                     loss: Callable[[Any, dict[str, Any]], Any],  # of a module and a part of a batch, summed over its items
                     items: Callable[[dict[str, Any]], int],  # rows or tokens in a part: what the loss is a mean over
-                    settings: Settings) -> type:  # of transformers' Trainer; a batch is {"rows": numbers, "parts": [inputs, ...]}
+                    settings: Settings,  # of the run: batch_size, seed and the optimizer's groups
+                   ) -> type:  # of transformers' Trainer; a batch is {"rows": numbers, "parts": [inputs, ...]}
     "Make a Trainer that keeps our order, averages over whole steps and stops at what is not finite."
     from transformers import Trainer
     class OrderedTrainer(Trainer):
@@ -243,7 +244,8 @@ def with_penalty(value: Any,  # the sum of the losses of a part, a tensor
     return value if penalty is None else value + n * penalty
 
 def finish_trainer(trainer: Any,  # transformers' Trainer
-                   module: Any) -> Any:  # the same Trainer
+                   module: Any,  # with its adapter
+                  ) -> Any:  # the same Trainer
     "Let a trainer print nothing, and take rank away where the adapter wants it."
     from transformers.trainer_callback import PrinterCallback
     trainer.remove_callback(PrinterCallback)

@@ -75,7 +75,9 @@ class PreferenceRun(Run):
     rewards: tuple[Reward, ...] = ()  # of grpo; they are added
     box: dict[str, Any] = field(default_factory=dict)  # thread, module, error
 
-    def wait(self, timeout: float | None = None) -> str:  # seconds; the state at the end or when the time was up
+    def wait(self,
+             timeout: float | None = None,  # seconds; None: until the end
+            ) -> str:  # the state at the end or when the time was up
         "Wait for the training thread, and raise what it raised."
         if thread := self.box.get("thread"): thread.join(timeout)
         if error := self.box.get("error"): raise error
@@ -160,7 +162,8 @@ def head_scores(module: Any,  # a torch model with one output
 # %% ../../nbs/training/556_preference.ipynb #side-scores
 def side_scores(run: PreferenceRun,  # whose method and beta to use; keeps the scores of the reference
                 module: Any,  # a torch model with the adapter
-                t: AnswerTokens) -> list[np.ndarray]:  # per side the score of each answer, shape [m]
+                t: AnswerTokens,  # of pairs: two sides
+               ) -> list[np.ndarray]:  # per side the score of each answer, shape [m]
     "Score the answers of pairs as the loss of the method does."
     s, model = run.settings, run.model
     assert model

@@ -40,7 +40,9 @@ def changes_asked(before: Config,  # in force
 # %% ../../nbs/training/519_reloading.ipynb #live
 class LiveFile:
     "Follow the live.yaml of a run."
-    def __init__(self, run: Run):
+    def __init__(self,
+                 run: Run,  # whose folder holds the file
+                ):
         self.run, self.path = run, run.path / "live.yaml"
         self.seen, self.now = None, None  # type: tuple[int, ...] | None, Config | None
 

@@ -64,7 +64,8 @@ def note_failure(run: Run,  # that gets the event run_failed
     except OSError as e: traceback.clear_frames(e.__traceback__)  # a full disk: there is nowhere left to say so
 
 # %% ../../nbs/training/525_sitting.ipynb #release
-def release(box: dict[str, Any]) -> None:  # where the run keeps its thread, model and error
+def release(box: dict[str, Any],  # where the run keeps its thread, model and error
+           ) -> None:
     "Forget a model, and give its memory back to the system."
     if error := box.get("error"): traceback.clear_frames(error.__traceback__)
     box.clear()

@@ -62,7 +62,9 @@ class FrozenHead(torch.autograd.Function):
         return (grad * grad_output).to(ctx.dtype), None, None, None, None, None, None
 
 # %% ../../nbs/training/504_supervised_loss.ipynb #round-up
-def round_up(n: int, multiple: int) -> int:  # the next multiple of it, n itself if it is one
+def round_up(n: int,  # a length, 0 or more
+             multiple: int,  # 1 or more
+            ) -> int:  # the next multiple of it, n itself if it is one
     "Round a length up, so that few shapes occur."
     return -(-n // multiple) * multiple
 
@@ -94,7 +96,9 @@ def head_piece(hidden: torch.Tensor,  # [rows, d]
 # %% ../../nbs/training/504_supervised_loss.ipynb #trained
 def trained_head(head: Any,  # a module that maps [rows, d] to [rows, V]
                  hidden: torch.Tensor, targets: torch.Tensor,  # [rows, d], [rows]
-                 chunk: int, factor: float, cap: float | None) -> torch.Tensor:  # the sum of the losses
+                 chunk: int,  # rows of logits at a time
+                 factor: float, cap: float | None,  # from `logit_rule`
+                ) -> torch.Tensor:  # the sum of the losses
     "Sum the loss over rows, with a gradient for the head as well."
     def piece(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(bend(head(h).float(), factor, cap), y, reduction="sum")

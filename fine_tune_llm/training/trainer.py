@@ -74,7 +74,9 @@ class TrainingRun(Run):
     settings: Settings = field(default_factory=Settings)  # the dials
     box: dict[str, Any] = field(default_factory=dict)  # thread, module, error
 
-    def wait(self, timeout: float | None = None) -> str:  # seconds; the state at the end or when the time was up
+    def wait(self,
+             timeout: float | None = None,  # seconds; None: until the end
+            ) -> str:  # the state at the end or when the time was up
         "Wait for the training thread, and raise what it raised."
         if thread := self.box.get("thread"): thread.join(timeout)
         if error := self.box.get("error"): raise error
@@ -95,7 +97,9 @@ class TrainingRun(Run):
                ) -> Predictions:
         "Predict a split, and keep the predictions in the run folder."
         return predict_split(self, split)
-    def score(self, texts: Sequence[str]) -> np.ndarray:  # logits, shape [n, K]
+    def score(self,
+              texts: Sequence[str],  # n texts
+             ) -> np.ndarray:  # logits, shape [n, K]
         "Compute logits for new texts."
         return score_task(self.model, trained_module(self), self.data, self.settings, texts)  # type: ignore[arg-type]
 
