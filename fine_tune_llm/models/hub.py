@@ -49,7 +49,7 @@ def secret_in(path: Path,  # of a file; its first 16 MiB are read
 # %% ../../nbs/models/436_hub.ipynb #list
 def files_to_upload(folder: str | Path,  # that `merge` wrote
                    ) -> dict[str, int]:  # path in the repository -> bytes
-    "List what would be uploaded, or refuse."
+    "List what would be uploaded, or refuse; ModelError names the file that may not leave."
     folder = Path(folder)
     if not folder.is_dir(): raise ModelError("no folder to upload", where=str(folder), fix="pass a folder that merge wrote")
     found: dict[str, int] = {}
@@ -124,7 +124,7 @@ def push_to_hub(folder: str | Path,  # that `merge` wrote
                 audit_card: str = "",  # Markdown, from `model_card` of the audit
                 endpoint: str | None = None,  # of another hub than huggingface.co
                ) -> Upload:
-    "Upload a merged model with its card, after a look at every file."
+    "Upload a merged model with its card, after a look at every file; ModelError where one may not leave or the upload fails, ConfigurationError for a bad repo_id."
     from huggingface_hub import CommitOperationAdd, HfApi
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo_id): raise ConfigurationError(f"no repository {repo_id!r}", fix="write owner/name")
     folder = Path(folder)

@@ -58,7 +58,7 @@ def choose_way(module: Any,  # a torch language model, in evaluation mode
                asked: Sequence[Asked],  # prompts with their answers, at least one
                pad: int,  # token id to fill up with
               ) -> str:  # one of WAYS
-    "Find the fastest way to read answers that is right for a model."
+    "Find the fastest way to read answers that is right for a model; ModelError where padding changes every score."
     peft = getattr(module, "active_peft_config", None)
     if getattr(peft, "is_prompt_learning", False): raise ModelError("answers cannot be scored behind learned prompt tokens", fix="use LoRA or another adapter that changes weights")
     window, longest = attention_window(module), max(a.longest for a in asked)
@@ -91,7 +91,7 @@ def score_asked(model: Model,  # whose tokenizer to use
                 batch_size: int = 8,  # prompts in a batch, at most
                 way: str = "auto",  # one of WAYS, or "auto" for the fastest that is right
                ) -> list[np.ndarray]:  # n arrays of float64 log-likelihoods, one per answer
-    "Score answers behind prompts."
+    "Score answers behind prompts; InferenceError for prompts that are too long and scores that are not finite."
     if not asked: return []
     check_lengths(model, asked)
     pad = model.tokenizer.pad_token_id or 0
@@ -106,7 +106,7 @@ def score_asked(model: Model,  # whose tokenizer to use
 def check_lengths(model: Model,  # whose tokenizer and positions set the limit
                   asked: Sequence[Asked],  # prompts with their answers
                  ) -> None:
-    "Refuse prompts that leave no room for an answer."
+    "Refuse prompts that leave no room for an answer (InferenceError)."
     limit = min(model.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9)
     long = [i for i, a in enumerate(asked) if a.longest > limit]
     if long: raise InferenceError(f"{len(long)} of {len(asked)} prompts with their longest answer are over {limit} tokens", f"rows {', '.join(map(str, long[:5]))}",
@@ -119,7 +119,7 @@ def run_way(module: Any,  # a torch language model, in evaluation mode
             batch_size: int,  # prompts in a batch, at most
             way: str,  # one of WAYS
            ) -> list[np.ndarray]:  # n arrays of float64 log-likelihoods, one per answer
-    "Read prompts in batches, and put the scores back into order."
+    "Read prompts in batches, and put the scores back into order; ConfigurationError for an unknown way."
     import torch
     if way not in WAYS: raise ConfigurationError(f"no way {way!r}", where="way=", fix=f"use auto, {', '.join(WAYS)}")
     tries = {answers: build_trie(answers) for answers in {a.answers for a in asked}} if way == "tree" else {}
@@ -136,7 +136,7 @@ def name_lengths(normalize: str | bool,  # False, "length" (tokens) or "characte
                  asked: Asked,  # one prompt with its K answers
                  names: Sequence[str],  # of its answers
                 ) -> np.ndarray:  # float64 [K], what to divide by
-    "Count by what the scores of answers are divided."
+    "Count by what the scores of answers are divided; ConfigurationError for an unknown normalize."
     kinds = {False: [1] * len(names), "length": [len(a) for a in asked.answers], "characters": [max(1, len(n)) for n in names]}
     if normalize not in kinds: raise ConfigurationError(f"no normalize={normalize!r}", fix="use False, 'length' or 'characters'")
     return np.array(kinds[normalize], float)
@@ -166,7 +166,7 @@ def score_label_words(model: Model,  # whose tokenizer to use
                       batch_size: int = 8,  # prompts in a batch, at most
                       way: str = "auto",  # one of WAYS, or "auto" for the fastest that is right
                      ) -> np.ndarray:  # logits, float64 [n, K]
-    "Compute the log-likelihood of each class name behind each text."
+    "Compute the log-likelihood of each class name behind each text; ConfigurationError for unknown priors."
     names = list(labels)
     if not len(texts): return np.empty((0, len(names)))
     asked = ask_labels(texts, names, model.tokenizer, template)

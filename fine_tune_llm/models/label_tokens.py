@@ -36,7 +36,7 @@ def split_answer(made: Rendering,  # a prompt with one answer at its end
                  ids: Mapping[str, list[int]],  # tokens of its texts, from `tokenize`
                  tokenizer: Any, around: tuple[list[int], list[int], set[int]],  # of `surroundings`
                 ) -> tuple[tuple[int, ...], tuple[int, ...]]:  # (tokens of the prompt, tokens of the answer)
-    "Cut the tokens of a row where its last answer begins."
+    "Cut the tokens of a row where its last answer begins; ValueError where no cut is possible."
     first, end, special = around
     start = [] if made.whole else first
     before, whole = [*start, *ids[made.answers[-1][0]]], [*start, *ids[made.text], *(end if made.ends == "token" else ())]
@@ -51,7 +51,7 @@ def ask_row(made: Sequence[Rendering],  # of one row, one per answer
             ids: Mapping[str, list[int]],  # tokens of all texts
             tokenizer: Any, around: tuple[list[int], list[int], set[int]],  # of `surroundings`
            ) -> Asked:
-    "Cut one row."
+    "Cut one row; DataError where the prompt cannot be told from the answer."
     try: cuts = [split_answer(m, ids, tokenizer, around) for m in made]
     except ValueError as e:
         raise DataError(str(e), f"row {place}, prompt ending in {made[0].answers[-1][0][-20:]!r}", "end the prompt without a blank, and begin the answer with one") from None
@@ -63,7 +63,7 @@ def ask_rows(rows: Iterable[Sequence[Mapping[str, Any]]],  # per row: the column
              tokenizer: Any,  # of the model that will be asked
              template: Template | str | Callable[[Mapping[str, Any]], Pieces] = "label-words",  # or a name, or a function from a row to pieces
             ) -> list[Asked]:  # one per row
-    "Tokenise prompts, each with its answers."
+    "Tokenise prompts, each with its answers; DataError names the rows that cannot be rendered or cut."
     chosen, around = find_template(template), surroundings(tokenizer)
     out: list[Asked] = []
     for part in chunks(rows, 16):

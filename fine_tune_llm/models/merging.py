@@ -43,7 +43,7 @@ WEIGHTS = ("dequantized", "original", "quantized")
 def build_task(model: Model,  # from `load_model`
                labels: Labels | None,  # of a classifier; None for a language model
               ) -> Any:  # transformers' PreTrainedModel
-    "Read the weights for the task of a model."
+    "Read the weights for the task of a model; ConfigurationError for a classifier without labels."
     if model.task != "classification": return build_causal(model)
     if labels is None: raise ConfigurationError("a classifier needs its labels", where="labels", fix="give labels=, or a probe that is a Split")
     return build_classifier(model, labels)
@@ -53,7 +53,7 @@ def base_to_merge(model: Model,  # from `load_model`
                   labels: Labels | None,  # of a classifier; None for a language model
                   weights: str,  # one of WEIGHTS
                  ) -> Any:  # transformers' PreTrainedModel
-    "Read the weights that the adapter will be added to."
+    "Read the weights that the adapter will be added to; ConfigurationError for unknown weights."
     if weights not in WEIGHTS: raise ConfigurationError(f"no weights {weights!r}", where="weights", fix=f"use one of {', '.join(WEIGHTS)}")
     if not model.quantize or weights == "quantized": return build_task(model, labels)
     if weights == "original": return build_task(replace(model, quantize=None), labels)
@@ -67,7 +67,7 @@ def write_merged(model: Model,  # that the adapter was trained on
                  dtype: str | None,  # of the file; None: that of the model
                  weights: str,  # one of WEIGHTS
                 ) -> None:
-    "Add an adapter to its base and save the sum."
+    "Add an adapter to its base and save the sum; ConfigurationError for an unknown dtype."
     import torch
     module = merge_adapter(load_adapter(base_to_merge(model, labels, weights), adapter), into_quantized=weights == "quantized")
     kind = getattr(torch, dtype or model.dtype, None)
@@ -81,7 +81,7 @@ def write_merged(model: Model,  # that the adapter was trained on
 def probe_rows(probe: Split | Sequence[str],  # texts to compare on; as a Split with true classes
                calibrator: Any, sets: Any,  # fitted; they name the rows they used; or None
               ) -> tuple[list[str], np.ndarray, np.ndarray | None]:  # (texts, ids, true classes)
-    "Take a probe apart, and refuse rows that the promises were fitted to."
+    "Take a probe apart, and refuse rows that the promises were fitted to; DataError where there are none, or what is no text."
     texts = list(probe.texts if isinstance(probe, Split) else probe)
     if not texts: raise DataError("the probe has no rows", where="probe", fix="give at least one text")
     if bad := [t for t in texts if not isinstance(t, str) or not t]: raise DataError(f"{bad[0]!r} is no text", where="probe")
@@ -96,7 +96,7 @@ def same_tokens(before: Model,  # model with the tokenizer of the training
                 texts: Sequence[str],  # of the probe
                 max_length: int | None,  # tokens of a text, the model's limit where not given
                ) -> None:
-    "Refuse a saved tokenizer that cuts texts in another way."
+    "Refuse a saved tokenizer that cuts texts in another way (ModelError)."
     a, b = (encode(m, texts, max_length)[0] for m in (before, after))
     if odd := [i for i, (x, y) in enumerate(zip(a, b)) if list(x) != list(y)]:
         raise ModelError(f"the saved tokenizer gives other tokens for {len(odd)} of {len(texts)} texts", where=f"text {odd[0]}", fix="save the tokenizer with the same version of transformers")
@@ -142,7 +142,7 @@ def token_chunks(before: Any,  # torch model with its adapter
                  ids: Sequence[Sequence[int]],  # token ids of each text; texts of one token are left out
                  step: int = 256,  # positions at a time, which bounds the memory
                 ) -> Iterator[tuple[Shift, np.ndarray, np.ndarray]]:  # what moved, scores before, scores after: of at most `step` tokens
-    "Put texts through two language models, some positions at a time."
+    "Put texts through two language models, some positions at a time; ModelError for vocabularies of two sizes."
     for i, row in enumerate(ids):
         if len(row) < 2: continue
         a, b = next_logits(before, row), next_logits(after, row)
@@ -157,7 +157,7 @@ def token_chunks(before: Any,  # torch model with its adapter
 def compare_tokens(before: Any, after: Any,  # torch modules
                    ids: Sequence[Sequence[int]],  # token ids of each text
                   ) -> NextTokens:
-    "Compare two language models on texts."
+    "Compare two language models on texts; DataError where no text has two tokens."
     parts = list(token_chunks(before, after, ids))
     if not parts: raise DataError("no text of the probe has two tokens", where="probe", fix="give longer texts")
     joined = {name: np.concatenate([getattr(s, name) for s, _, _ in parts]) for name in vars(parts[0][0])}
@@ -194,7 +194,7 @@ def certify_merge(model: Model,  # that the adapter was trained on
                   tolerance: Tolerance = STANDARD,  # what counts as the same, stated beforehand
                   notes: Sequence[str] = (),  # what else a reader should know, one sentence each
                  ) -> MergeCertificate:
-    "Compare a merged folder with the model that it was made from."
+    "Compare a merged folder with the model that it was made from; ConfigurationError for calibrators of a language model."
     texts, ids, y = probe_rows(probe, calibrator, sets)
     labels = labels or (probe.labels if isinstance(probe, Split) else None)
     saved = load_model(folder, model.task, device=model.device, dtype=saved_dtype(Path(folder), model.dtype))
@@ -223,7 +223,7 @@ def source_of(made: Any,  # a finished run, or a Model
               adapter: str | Path | None,  # its folder; None: that of the run
               labels: Labels | None,  # of a classifier; None: those of the run
              ) -> Source:
-    "Find model, adapter, labels and length."
+    "Find model, adapter, labels and length; InferenceError for a run that has not finished, ConfigurationError without an adapter."
     if isinstance(made, Model):
         if adapter is None: raise ConfigurationError("no adapter to merge", where="adapter", fix="give the folder of one, or a finished run")
         return Source(made, Path(adapter), labels)
@@ -248,7 +248,7 @@ def merge(made: Any,  # a finished run, or a Model
           weights: str = "dequantized",  # of a quantized base: one of WEIGHTS
           tolerance: Tolerance = STANDARD,  # what counts as the same, stated beforehand
          ) -> MergeCertificate:
-    "Merge an adapter into its model, and certify the folder that was written."
+    "Merge an adapter into its model, and certify the folder that was written; InferenceError where the folder exists."
     src, out = source_of(made, adapter, labels), Path(out)
     names = src.labels or (probe.labels if isinstance(probe, Split) else None)
     probe_rows(probe, calibrator, sets)

@@ -103,7 +103,7 @@ def hub_breaker(address: str,  # of the hub
 def ask_hub(path: str,  # a folder or a hub id
             ask: Callable[..., T],  # a request that takes keywords for `from_pretrained`
            ) -> T:  # what it gave
-    "Read from a folder once, or from the hub with patience."
+    "Read from a folder once, or from the hub with patience; ModelError where hub and cache have nothing."
     if Path(path).is_dir(): return ask()
     from huggingface_hub.constants import ENDPOINT
     breaker = hub_breaker(ENDPOINT)

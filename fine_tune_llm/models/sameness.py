@@ -57,7 +57,7 @@ def logit_shift(before: np.ndarray,  # logits, shape [n, K]
                 bare: np.ndarray | None = None,  # logits of the base without its adapter, shape [n, K]
                 text: np.ndarray | None = None,  # number of each row's text, shape [n]; None: a text a row
                ) -> Shift:
-    "Measure what moved between two models."
+    "Measure what moved between two models; DataError for other rows, ModelError for logits that are not finite."
     if before.shape != after.shape: raise DataError(f"logits of shape {before.shape} before and {after.shape} after", fix="give the same rows and classes")
     if not (np.isfinite(before).all() and np.isfinite(after).all()): raise ModelError("logits that are not finite", fix="merge in float32 or bfloat16")
     b, a = before.astype(np.float64), after.astype(np.float64)
@@ -72,7 +72,7 @@ def logit_shift(before: np.ndarray,  # logits, shape [n, K]
 def adapter_share(shift: Shift,  # with `along` and `size` from a bare base
                   level: float = 0.95,  # confidence of the interval
                  ) -> Estimate:  # 1: all of the adapter arrived; NaN where it adds nothing or the bare base is unknown
-    "Estimate how much of the adapter a merge holds."
+    "Estimate how much of the adapter a merge holds (a ratio estimator, Cochran 1977, chapter 6)."
     a, s = (np.bincount(shift.text, w) for w in (shift.along, shift.size))
     rows = np.bincount(shift.text) > 0
     a, s, n, total = a[rows], s[rows], int(rows.sum()), float(shift.size.sum())
@@ -276,7 +276,7 @@ def certify(shift: Shift,  # from `logit_shift`, at least one row
             unit: str = "text",  # what a row is: "text" or "token"
             notes: Sequence[str] = (),  # what else a reader should know, one sentence each
            ) -> MergeCertificate:
-    "Judge two models that should be one."
+    "Judge two models that should be one; DataError without rows."
     if not len(shift): raise DataError("the probe has no rows", fix="give at least one text")
     delta, agreement, share = float(shift.delta.max()), agreement_of(shift, 0.95), adapter_share(shift)
     kl = mean_by_text(shift.kl, shift.text, "mean KL", 0.95)
@@ -290,7 +290,7 @@ def certify(shift: Shift,  # from `logit_shift`, at least one row
 def refuse_old_trust(certificate: MergeCertificate,  # of the merge, or read with `read_certificate`
                      *parts: Any,  # the fitted calibrator and sets that shall go with the merged model
                     ) -> None:
-    "Refuse to ship a merged model with promises that were made for another."
+    "Refuse to ship a merged model with promises that were made for another (ModelError)."
     if certificate.verdict == "refuse": raise ModelError(f"the merged model is another model: {'; '.join(certificate.reasons)}", fix="merge again, or ship the adapter")
     if certificate.verdict == "same": return
     if not certificate.trust: raise ModelError("nobody knows which calibrator belongs to the model before", fix="give calibrator= and sets= to merge")
@@ -301,7 +301,7 @@ def refuse_old_trust(certificate: MergeCertificate,  # of the merge, or read wit
 # %% ../../nbs/models/430_sameness.ipynb #read
 def read_certificate(path: str | Path,  # file that `MergeCertificate.save` wrote
                     ) -> Any:  # with verdict, reasons and trust: what `refuse_old_trust` asks for
-    "Read the judgement of a certificate."
+    "Read the judgement of a certificate; ModelError for another kind of file."
     held = json.loads(Path(path).read_text(encoding="utf-8"))
     if held.get("kind") != "merge certificate": raise ModelError("this is no merge certificate", where=str(path), fix="write it with merge(...)")
     return SimpleNamespace(verdict=held["verdict"], reasons=tuple(held["reasons"]), trust=tuple(held["trust"]))

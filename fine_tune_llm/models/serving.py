@@ -31,7 +31,7 @@ def literal(text: str,  # that must come out of Jinja unchanged
 # %% ../../nbs/models/434_serving.ipynb #one-turn
 def one_turn(pattern: str,  # of a prompt, with one {column} in it; two braces stand for one
             ) -> str:  # Jinja
-    "Turn a prompt with one gap into a chat template."
+    "Turn a prompt with one gap into a chat template; ConfigurationError for more or fewer gaps."
     names = gaps(pattern)
     if len(names) != 1 or pattern.count("{" + names[0] + "}") != 1: raise ConfigurationError(f"a prompt of {len(names)} columns is no conversation", where=repr(pattern[:60]),
                                                  fix="send whole prompts to the completions endpoint, or train with one column")
@@ -42,7 +42,7 @@ def one_turn(pattern: str,  # of a prompt, with one {column} in it; two braces s
 def chat_jinja(template: Template,  # of the training: chat, completion or instruction
                tokenizer: Any,  # that the model was trained with
               ) -> str:  # a Jinja chat template
-    "Write a template in the form that servers read."
+    "Write a template in the form that servers read; ConfigurationError for a template that is no conversation."
     recipe = dict(template.recipe)
     first = "".join(tokenizer.convert_ids_to_tokens(affixes(tokenizer)[0]))
     if template.name == "chat":
@@ -97,7 +97,7 @@ def compare_prompts(rows: Sequence[Mapping[str, Any]],  # as in training, with t
                     before: Any,  # tokenizer of the training
                     after: Any,  # tokenizer of the exported folder, with its chat template
                    ) -> int:  # prompts that are equal in every token
-    "Refuse an export whose prompts differ from those of the training."
+    "Refuse an export whose prompts differ from those of the training (ModelError that names the token)."
     for i, row in enumerate(rows):
         served = after(served_text(request(template, row), after), add_special_tokens=False)["input_ids"]
         if why := first_difference(trained_prompt(template, row, before), served, before):
@@ -117,7 +117,7 @@ def cut(text: str,  # with marks at its end
         end: str,  # the ending that must be there
         what: str,  # the role, for the message
        ) -> str:
-    "Take an ending off a text."
+    "Take an ending off a text; ValueError where it is not there."
     if not text.endswith(end): raise ValueError(f"the marks of {what} depend on their place")
     return text[:len(text) - len(end)]
 
@@ -125,7 +125,7 @@ def cut(text: str,  # with marks at its end
 def between(text: str,  # a rendering
             *contents: str,  # in their order; each must occur once
            ) -> list[str]:  # the marks before, between and after them
-    "Cut a rendering at its contents."
+    "Cut a rendering at its contents; ValueError where one occurs not exactly once."
     parts = []
     for c in contents:
         if text.count(c) != 1: raise ValueError("a content is rendered not exactly once")
@@ -136,7 +136,7 @@ def between(text: str,  # a rendering
 # %% ../../nbs/models/434_serving.ipynb #find-marks
 def find_marks(tokenizer: Any,  # of the exported folder, with its chat template
               ) -> Marks:
-    "Read the marks of each role off a few renderings."
+    "Read the marks of each role off a few renderings; ValueError where they depend on their place."
     said = {"system": "qsysq", "user": "quserq", "assistant": "qansq", "again": "qagainq"}
     def show(*roles: str, ask: bool = False) -> list[str]:
         turns = [{"role": "user" if r == "again" else r, "content": said[r]} for r in roles]
@@ -156,7 +156,7 @@ def find_marks(tokenizer: Any,  # of the exported folder, with its chat template
 def go_template(marks: Marks,  # from `find_marks`, without braces and triple quotes
                 skip: str = "",  # text of the tokens that the server puts in front
                ) -> str:  # in Go's language
-    "Write a chat template for Ollama."
+    "Write a chat template for Ollama; ValueError for marks that Go would read as code."
     texts = [marks.head, marks.ask, *(t for pair in marks.around.values() for t in pair)]
     if any("{{" in t or "}}" in t or '"""' in t for t in texts): raise ValueError("a mark holds braces or quotes")
     head = marks.head[len(skip):] if skip and marks.head.startswith(skip) else marks.head
@@ -167,7 +167,7 @@ def go_template(marks: Marks,  # from `find_marks`, without braces and triple qu
 def render_go(template: str,  # that `go_template` wrote
               messages: Sequence[Mapping[str, Any]],  # with role and content; roles without marks are skipped
              ) -> str:
-    "Render the one shape of Go template that is written here, and refuse all others."
+    "Render the one shape of Go template that is written here, and refuse all others (ValueError)."
     shape = re.fullmatch(r"(.*?)\{\{ range \.Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", template, re.S)
     if not shape: raise ValueError("this template is not of our shape")
     role = re.compile(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}(.*?)\{\{ \.Content \}\}(.*?)(?=\{\{|\Z)', re.S)
@@ -182,7 +182,7 @@ def serve_lines(folder: str | Path,  # as it will be named on the command line
                 classifier: bool = False,  # only vLLM serves one
                 ollama: bool = True,  # there is a Modelfile
                ) -> dict[str, list[str]]:  # program -> command lines
-    "Write the command lines that serve a folder."
+    "Write the command lines that serve a folder; ConfigurationError for a name that a shell would take apart."
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name): raise ConfigurationError(f"no name for a model: {name!r}", fix="use letters, digits, dots and dashes")
     at = str(folder) if str(folder).startswith(("/", ".")) else f"./{folder}"
     chat, gguf = f"{at}/chat_template.jinja", f"{name}.gguf"
@@ -237,7 +237,7 @@ def serving_page(s: Serving,  # what was written and compared
 # %% ../../nbs/models/434_serving.ipynb #prepare
 def refuse_bad_merge(folder: Path,  # that `merge` wrote; one without a certificate passes
                     ) -> None:
-    "Refuse a folder whose certificate says that it holds another model."
+    "Refuse a folder whose certificate says that it holds another model (ModelError)."
     if not (folder / "config.json").is_file(): raise ModelError("no model here", where=str(folder), fix="pass a folder that merge wrote")
     path = folder / "certificate.json"
     if path.is_file() and (held := json.loads(path.read_text(encoding="utf-8"))).get("verdict") == "refuse":
@@ -249,7 +249,7 @@ def prepare_serving(folder: str | Path,  # that `merge` wrote
                     rows: Sequence[Mapping[str, Any]] = (),  # rows as in training, to compare prompts on
                     name: str | None = None,  # of the model, for clients; None: that of the folder
                    ) -> Serving:
-    "Write template, Modelfile and command lines into a merged folder, once the prompts agree."
+    "Write template, Modelfile and command lines into a merged folder, once the prompts agree; DataError without rows to compare, ModelError where the prompts differ."
     from transformers import AutoTokenizer
     folder = Path(folder)
     refuse_bad_merge(folder)

@@ -112,7 +112,7 @@ def make_causal_trainer(model: Model,  # from `load_model`
                         plan: CausalPlan | None = None,  # from the run that is resumed; None: find out
                         names: Sequence[str] = (),  # id of each row, for errors; its number where not given
                        ) -> Any:  # transformers' Trainer, with its `plan`
-    "Set up the training loop of a language model."
+    "Set up the training loop of a language model; TrainingError in several processes."
     from fine_tune_llm.training.document_attention import documents_apart
     from fine_tune_llm.training.lean_adapters import lean_adapters
     chosen = plan or plan_causal(model, module, examples, settings.exact, settings.packing)

@@ -76,7 +76,7 @@ def last_checkpoint(folder: Path,  # that holds step-000010, step-000020, ...
 def drafting(work: Path,  # where drafts are written, checkpoint-10, checkpoint-20, ...
              folder: Path,  # where they stand when they are sealed
             ) -> Iterator[None]:
-    "Clear up after a checkpoint that could not be written, and say what is left."
+    "Clear up after a checkpoint that could not be written, and say what is left; its error becomes a TrainingError."
     try: yield
     except Exception as e:
         if not list(work.glob("checkpoint-*")): raise

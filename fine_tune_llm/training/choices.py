@@ -40,7 +40,7 @@ def talk(side: Any,  # text, or turns
 def from_dialogues(given: Sequence[dict[str, str]],  # turns of a prompt column, perhaps none
                    sides: Sequence[list[dict[str, str]]],  # turns of each side
                   ) -> tuple[Any, str, str]:  # prompt, chosen answer, rejected answer
-    "Cut two dialogues where they part."
+    "Cut two dialogues where they part; ValueError where the prompt is not shared."
     a, b = ([*given, *s] if s and s[0]["role"] == "assistant" else s for s in sides)
     if not a or not b or a[-1]["role"] != "assistant" or b[-1]["role"] != "assistant": raise ValueError("a side does not end with an answer")
     if a[:-1] != b[:-1]:
@@ -53,7 +53,7 @@ def from_dialogues(given: Sequence[dict[str, str]],  # turns of a prompt column,
 def from_texts(prompt: str,  # of the row, perhaps empty
                a: str, b: str,  # chosen and rejected side, with the prompt in front or without it
               ) -> tuple[str, str, str]:  # prompt, chosen answer, rejected answer
-    "Cut two texts behind the prompt, or where they part."
+    "Cut two texts behind the prompt, or where they part; ValueError where the prompt is not shared."
     if prompt.strip():
         whole = a.startswith(prompt) and b.startswith(prompt)
         return (prompt, a[len(prompt):], b[len(prompt):]) if whole else (prompt, a, b)
@@ -66,7 +66,7 @@ def from_texts(prompt: str,  # of the row, perhaps empty
 def read_pair(prompt: Any,  # text or turns, perhaps none
               chosen: Any, rejected: Any,  # texts, dialogues in a text, or turns
              ) -> tuple[Any, str, str]:  # prompt, chosen answer, rejected answer
-    "Read one preference, or say why it teaches nothing."
+    "Read one preference, or say why it teaches nothing (ValueError)."
     a, b = talk(chosen), talk(rejected)
     if (a is None) != (b is None): raise ValueError("one side is a dialogue and the other a text")
     given = talk(prompt) if prompt else []
@@ -159,7 +159,7 @@ def sift(rows: Rows,  # of one source, with their numbers in the file
          read: Any,  # a function of a position that gives a row or raises ValueError
          on_bad_row: str,  # "refuse" or "quarantine"
         ) -> tuple[Rows, list[Any]]:  # (rows kept, what was read of each)
-    "Read row by row, and set aside what cannot be used or comes again."
+    "Read row by row, and set aside what cannot be used or comes again; DataError for refused rows, or where none is left."
     made: dict[int, Any] = {}
     bad: dict[int, str] = {}
     for i in range(len(rows)):
@@ -236,7 +236,7 @@ def read_judgement(prompt: Any,  # text or turns
                    answer: Any,  # text, or a list of one turn of the assistant
                    label: Any,  # one of GOOD, as text, number or bool
                   ) -> tuple[Any, str, bool]:  # prompt, answer, True if good
-    "Read one judgement, or say why it teaches nothing."
+    "Read one judgement, or say why it teaches nothing (ValueError)."
     if not isinstance(prompt, list) and (why := fault(prompt)): raise ValueError(f"the prompt {why}")
     said, wrong = turns(answer) if isinstance(answer, list) else ([{"role": "assistant", "content": answer}], "")
     if wrong or len(said) != 1 or said[0]["role"] != "assistant": raise ValueError(wrong or "the completion is not one answer")

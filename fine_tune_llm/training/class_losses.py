@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -141,13 +142,13 @@ class ClassLoss:
 def class_loss(name: str = "cross-entropy",  # one of CLASS_LOSSES
                **options: Any,  # smoothing, gamma, weight, width, power, payoff, price or cost, as the loss takes them
               ) -> ClassLoss:  # call it with (logits, y) for one loss per row
-    "Choose a loss by name, and refuse what its formula cannot take."
+    "Choose a loss by name, and refuse what its formula cannot take (ConfigurationError)."
     if name not in CLASS_LOSSES: raise ConfigurationError(f"no loss {name!r}", where="loss=", fix=f"use one of {', '.join(CLASS_LOSSES)}")
     known = list(signature(CLASS_LOSSES[name][0]).parameters)[2:]
     for key, value in options.items():
         if key not in known: raise ConfigurationError(f"the loss {name!r} has no option {key!r}", where="loss=", fix=f"use {', '.join(known)}")
         low, below, words = RANGES[key]
         if (key, value) == ("gamma", "53"): continue
-        if isinstance(value, (bool, str)) or not low <= value < below:
+        if isinstance(value, bool) or not isinstance(value, Real) or not low <= value < below:
             raise ConfigurationError(f"{key}={value!r} in the loss {name!r}", where="loss=", fix=f"pass {words}")
     return ClassLoss(name, options)

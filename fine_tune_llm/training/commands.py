@@ -38,13 +38,13 @@ def stop(now: Moment,  # between two steps; is written to
 
 def pause(now: Moment,  # between two steps; is written to
          ) -> None:
-    "Wait after this step."
+    "Wait after this step; TrainingError where it pauses already."
     if now.paused: raise TrainingError("the run pauses already")
     now.paused = True
 
 def resume(now: Moment,  # between two steps; is written to
           ) -> None:
-    "Go on after a pause."
+    "Go on after a pause; TrainingError where there is none."
     if not now.paused: raise TrainingError("the run does not pause")
     now.paused = False
 
@@ -56,7 +56,7 @@ def checkpoint(now: Moment,  # between two steps; is written to
 # %% ../../nbs/training/515_commands.ipynb #evaluate
 def evaluate(now: Moment,  # whose `evaluate` measures, and whose `figures` are set
             ) -> None:
-    "Measure the model on the validation split."
+    "Measure the model on the validation split; TrainingError without validation rows."
     if now.evaluate is None: raise TrainingError("this run has nothing to evaluate on")
     now.figures = dict(now.evaluate())
 
@@ -65,7 +65,7 @@ def set_rate(now: Moment,  # whose optimizer and schedule are changed
              learning_rate: float | None = None,  # of the adapter from the next step on
              times: float | None = None,  # or: this many times the present one
             ) -> dict[str, float]:  # before and after
-    "Scale all learning rates, and keep the shape of their schedule."
+    "Scale all learning rates, and keep the shape of their schedule; TrainingError for anything but one number above 0."
     old, given = now.optimizer.param_groups[0]["lr"], [v for v in (learning_rate, times) if v is not None]
     if not old or len(given) != 1 or type(given[0]) not in (int, float) or not 0 < given[0] < math.inf:
         raise TrainingError(f"cannot set the learning rate, which is {old:g} now", fix="give learning_rate= or times=, one number above 0")
@@ -82,7 +82,7 @@ LIVE = ("evaluate_every", "save_every", "patience")  # whole numbers that may ch
 def set_values(now: Moment,  # between two steps; is written to
                **values: float,  # learning_rate or times, and whole numbers for those of LIVE
               ) -> dict[str, float]:  # what the answer will carry
-    "Change what may change while a run works."
+    "Change what may change while a run works; TrainingError for what may not."
     rates = {k: values.pop(k) for k in ("learning_rate", "times") if k in values}
     if fixed := [k for k in values if k not in LIVE]:
         raise TrainingError(f"{', '.join(fixed)} cannot change while a run works, for it would be another run",

@@ -122,7 +122,7 @@ def log_step(listener: Listener,  # whose clock and run to use
              args: Any, state: Any,  # transformers' TrainingArguments and TrainerState
              logs: dict[str, Any],  # of the Trainer: loss, learning_rate and grad_norm
             ) -> None:
-    "Write a step event, and fail on a loss that is not finite."
+    "Write a step event, and fail on a loss that is not finite (TrainingError)."
     done, elapsed = state.global_step - listener.first, time.monotonic() - listener.began - listener.waited
     if not math.isfinite(logs["loss"]):
         raise TrainingError(f"the loss is {logs['loss']} at step {state.global_step}", where=str(listener.run.path),

@@ -55,7 +55,7 @@ class Corpus:
 # %% ../../nbs/training/527_corpus.ipynb #names
 def word_labels(corpus: Corpus,  # from `word_corpus`
                ) -> Labels:
-    "Give the classes whose names are the answers."
+    "Give the classes whose names are the answers; InferenceError for free answers."
     if corpus.data is None: raise InferenceError("free answers have no classes", fix="use a model with task='label-words' and load_data(...)")
     return corpus.data.labels
 
@@ -79,7 +79,7 @@ FITTING = {"messages": "chat", "completion": "completion", "label": "label-words
 def fitting_template(rows: Rows,  # of `load_rows`
                      tokenizer: Any,  # asked whether it has a chat template
                     ) -> Template:
-    "Choose the template that fits the form of rows."
+    "Choose the template that fits the form of rows; DataError where none does."
     name = next((FITTING[c] for c in FITTING if c in rows.table.column_names), None)
     if name is None:
         raise DataError(f"no template fits rows with the columns {', '.join(rows.table.column_names)}", rows.name, "pass template=, or rows with prompt and completion")
@@ -100,7 +100,7 @@ def part_rows(rows: Rows,  # of `load_rows`
               share: float,  # of the rows for measuring, 0 up to 1
               seed: int,  # another seed, another deal
              ) -> tuple[Rows, Rows | None]:  # to learn from, to be measured on
-    "Set rows apart by what they ask."
+    "Set rows apart by what they ask; ConfigurationError for a share that is none."
     if not 0 <= share < 1: raise ConfigurationError(f"validation={share} is no share", fix="pass at least 0 and below 1, or a second set of rows")
     if not share: return rows, None
     made, kept, _ = render_rows(rows, template, tokenizer)

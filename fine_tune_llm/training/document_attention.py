@@ -92,7 +92,7 @@ def document_attention(module: Any,  # the attention layer that asks
                        position_ids: torch.Tensor | None = None,  # [1, tokens], from 0 at each document
                        **more: Any,  # what else the model passes; caps, sinks and caches are refused
                       ) -> tuple[torch.Tensor, None]:  # [1, tokens, heads, d]
-    "Attend within each document of a packed row, as transformers' attention interface asks."
+    "Attend within each document of a packed row, as transformers' attention interface asks; TrainingError for more than causal attention."
     odd = sorted(name for name in ("softcap", "s_aux", "position_bias", "cache") if more.get(name) is not None)
     if position_ids is None or attention_mask is not None or len(query) > 1 or odd or not getattr(module, "is_causal", True):
         raise TrainingError(f"{type(module).__name__} needs more than causal attention in one packed row", where=", ".join(odd) or "attention")
@@ -122,7 +122,7 @@ def documents_apart(module: Any,  # a causal language model, with or without an 
 def check_documents_apart(module: Any,  # a causal language model
                           rows: Sequence[Mapping[str, Sequence[int]]],  # documents
                          ) -> None:
-    "Refuse a model whose hidden states differ under this attention."
+    "Refuse a model whose hidden states differ under this attention (TrainingError)."
     was, short = module.training, [{"input_ids": list(row["input_ids"])[:48]} for row in rows[:3]]
     short = [dict(row, labels=row["input_ids"]) for row in short]
     module.eval()

@@ -48,7 +48,7 @@ class Tally:
 def tally(logits: Any,  # finite numbers, shape [m, K]
           y: Any,  # true classes, shape [m]
          ) -> Tally:
-    "Measure one batch."
+    "Measure one batch; TrainingError for logits that are not finite."
     z, y = np.array(logits, dtype=np.float64), np.asarray(y)
     if not np.isfinite(z).all():
         raise TrainingError(f"logits of {(~np.isfinite(z).all(1)).sum()} validation rows are not finite", fix="lower the learning rate")
@@ -71,7 +71,7 @@ def class_figures(t: Tally,  # of all validation rows, at least one
                   target_risk: float = 0.05,  # share of errors among answers that is tolerated
                   n_boot: int = 200,  # draws for the interval of the calibration error
                  ) -> dict[str, float]:  # the measures of a classifier by name
-    "Turn sums into figures."
+    "Turn sums into figures; TrainingError without rows."
     if not t.n: raise TrainingError("no validation row to measure", fix="give the validation split rows")
     right, error = np.concatenate(t.right), ece(t.bins, n_boot=n_boot)
     order = ranking(np.concatenate(t.sure), (~right).astype(np.float64))
@@ -137,7 +137,7 @@ def padded(examples: Sequence[dict[str, list[int]]],  # rows with input_ids and 
 def evaluate_tokens(model: Model, module: Any,  # a causal language model
                     examples: Sequence[dict[str, list[int]]],  # rows with input_ids and labels, -100 where nothing is supervised
                    ) -> dict[str, float]:  # loss and perplexity, and how many tokens they rest on
-    "Measure the loss of the supervised tokens."
+    "Measure the loss of the supervised tokens; TrainingError without tokens, or for a loss that is not finite."
     import torch
 
     from fine_tune_llm.training.supervised_loss import supervised_loss

@@ -50,7 +50,7 @@ def refuse_differences(old: Mapping[str, str],  # the fingerprint in the run fol
                        new: Mapping[str, str],  # the one made now
                        accept: Collection[str] = (),  # names whose change the caller takes upon himself
                       ) -> list[str]:  # accepted differences, to be logged
-    "Refuse to resume when something differs that nobody accepted."
+    "Refuse to resume when something differs that nobody accepted (TrainingError)."
     found = differences(old, new)
     lines = {n: f"{n}: {a} -> {b}" for n, (a, b) in found.items()}
     if refused := [n for n in found if n not in accept]:

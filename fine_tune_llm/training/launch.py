@@ -80,7 +80,7 @@ def launch(config: Config | Mapping[str, Any] | str | Path,  # a configuration, 
            resume: str | Path | None = None,  # a run folder to go on with
            accept: Collection[str] = (),  # names in the fingerprint that may differ on resume
           ) -> LaunchedRun:
-    "Start a training in a process of its own, and return at once."
+    "Start a training in a process of its own, and return at once; ConfigurationError for a configuration that cannot be read."
     try: settings = load_config(config) if isinstance(config, str | Path) else Config.model_validate(config)
     except ValidationError as e: raise ConfigurationError("; ".join(complaints(e))) from None
     place = Path(resume or out or settings.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")).resolve()

@@ -72,7 +72,7 @@ def refuse_unknown(what: str,  # the dial, such as "scheduler"
                    name: str,  # its value
                    known: Collection[str],  # names that the dial takes
                   ) -> None:
-    "Refuse a name that is not known, and show its neighbours."
+    "Refuse a name that is not known, and show its neighbours (TrainingError)."
     if name in known: return
     near = get_close_matches(name, known) or sorted(known)
     raise TrainingError(f"no {what} {name!r}", fix=f"use {', '.join(map(repr, near))}")
@@ -116,7 +116,7 @@ class Settings:
 # %% ../../nbs/training/526_loop.ipynb #check-settings
 def check_ranges(s: Settings,  # whose numbers are checked
                 ) -> None:
-    "Refuse numbers that are out of range."
+    "Refuse numbers that are out of range (TrainingError)."
     for name in ("epochs", "learning_rate", "head_learning_rate", "batch_size", "max_length", "accumulate", "evaluate_every", "patience"):
         if getattr(s, name) is not None and not getattr(s, name) > 0: raise TrainingError(f"{name} must be above 0, got {getattr(s, name)}")
     for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "patience"):
@@ -128,7 +128,7 @@ def check_ranges(s: Settings,  # whose numbers are checked
 
 def check_settings(s: Settings,  # whose dials are checked when they are made
                   ) -> None:
-    "Refuse settings that no run could follow."
+    "Refuse settings that no run could follow, with TrainingError, or ConfigurationError for the adapter and the loss."
     check_ranges(s)
     schedules = schedule_options()
     refuse_unknown("scheduler", s.scheduler, schedules)
@@ -144,7 +144,7 @@ def check_settings(s: Settings,  # whose dials are checked when they are made
 # %% ../../nbs/training/526_loop.ipynb #unresumable
 def refuse_unresumable(settings: Settings,  # of the run
                       ) -> None:
-    "Refuse to resume what would not go on as it began."
+    "Refuse to resume what would not go on as it began (ConfigurationError)."
     if split_method(settings.lora)[0] == "adalora":
         raise ConfigurationError("a run of AdaLoRA cannot be resumed: how much each rank matters is in no checkpoint", where="resume", fix="start it anew with out=, or pass lora=dict(method='lora')")
 
@@ -192,7 +192,7 @@ def refuse_broken(value: Any,  # a loss, or the norm of a gradient; a tensor or 
                   step: int,  # the optimizer step that is being taken
                   names: Sequence[str],  # ids of the rows in the batch
                  ) -> None:
-    "Stop at a number that is not finite, and name the rows."
+    "Stop at a number that is not finite, and name the rows (TrainingError)."
     if math.isfinite(float(value)): return
     shown = ", ".join(names[:8]) + (f", and {len(names) - 8} more" if len(names) > 8 else "")
     raise TrainingError(f"the {what} is {float(value)} at step {step}", where=f"rows {shown}",

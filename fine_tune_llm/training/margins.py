@@ -71,7 +71,7 @@ def refuse_cut(held: Pairs | Judgements,  # that were cut, for the message
                cut: np.ndarray,  # bool [sides, n], True where an answer lost tokens
                truth: DataTruth,  # of all sides, one after the other
               ) -> None:
-    "Refuse answers that lost their end."
+    "Refuse answers that lost their end (DataError)."
     lost, longest = np.flatnonzero(cut.any(0)), int(truth.table["tokens"].max())
     sides = f" ({cut[0].sum()} chosen, {cut[1].sum()} rejected)" if len(cut) == 2 else ""
     fits = f"max_length={longest} cuts none where the model allows it; " if longest > (truth.max_length or 0) else ""
@@ -85,7 +85,7 @@ def answer_tokens(held: Pairs | Judgements,  # n pairs or judgements
                   max_length: int,  # tokens that prompt and answer may have
                   on_cut: str = "refuse",  # an answer that loses tokens: "refuse", "drop" its row, or "keep" what is left
                  ) -> AnswerTokens:
-    "Turn pairs or judgements into tokens, and refuse what would be lost."
+    "Turn pairs or judgements into tokens, and refuse what would be lost (DataError)."
     sides = (held.chosen, held.rejected) if isinstance(held, Pairs) else (held.answers,)
     truth = answer_truth(held.prompts * len(sides), [a for side in sides for a in side], tokenizer, template, max_length)
     cut = truth.table["answer_cut"].to_numpy().reshape(len(sides), len(held))
@@ -113,7 +113,7 @@ def answer_logprobs(module: Any,  # a torch language model
                     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],  # token ids, n each
                     most: int = 2**25,  # logits held at a time
                    ) -> np.ndarray:  # sum of log probabilities, float64, shape [n]
-    "Compute the log probability of each answer after its prompt."
+    "Compute the log probability of each answer after its prompt; InferenceError for numbers that are not finite."
     import torch
     out, training = np.empty(len(answers)), module.training
     module.eval()
@@ -138,7 +138,7 @@ def answer_scores(method: str,  # dpo, kto or orpo
                   reference: np.ndarray | None,  # the same under the untuned model; orpo has none
                   tokens: np.ndarray,  # of each answer, shape [n]
                  ) -> np.ndarray:  # shape [n]; differences are log odds
-    "Score answers as the loss of the method does."
+    "Score answers as the loss of the method does (Rafailov et al. 2023, equation 5; Hong et al. 2024); InferenceError without a reference."
     if method == "orpo": return policy / tokens - np.log(-np.expm1(np.minimum(policy / tokens, -1e-12)))
     if reference is None: raise InferenceError(f"{method} needs the log probabilities of the untuned model")
     return beta * (policy - reference)

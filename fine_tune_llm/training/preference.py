@@ -164,7 +164,7 @@ def side_scores(run: PreferenceRun,  # whose method and beta to use; keeps the s
                 module: Any,  # a torch model with the adapter
                 t: AnswerTokens,  # of pairs: two sides
                ) -> list[np.ndarray]:  # per side the score of each answer, shape [m]
-    "Score the answers of pairs as the loss of the method does."
+    "Score the answers of pairs as the loss of the method does; TrainingError for grpo."
     s, model = run.settings, run.model
     assert model
     if s.method == "reward": return [head_scores(module, [p + a for p, a in zip(t.prompts, side)], model.tokenizer.pad_token_id) for side in t.answers]
@@ -338,7 +338,7 @@ def check_rows(s: PreferenceSettings,  # whose method decides which rows it take
                validation: Any,  # pairs or None; for grpo also prompts
                rewards: Sequence[Reward],  # functions of grpo; other methods have none
               ) -> tuple[Any, Any]:  # rows for training, for validation
-    "Refuse rows from which a method can't learn."
+    "Refuse rows from which a method can't learn (ConfigurationError)."
     if s.method == "grpo":
         if not rewards: raise ConfigurationError("grpo needs a reward", fix="pass reward_functions=[f] with f(prompt, answer) -> float")
         return as_pairs(getattr(held, "prompts", held)), None if validation is None else as_pairs(getattr(validation, "prompts", validation))

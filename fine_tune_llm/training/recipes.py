@@ -28,7 +28,7 @@ METHODS = {"dpo": "DPO", "orpo": "ORPO", "kto": "KTO", "reward": "Reward", "grpo
 
 def trl_classes(method: str,  # one of METHODS
                ) -> tuple[Any, Any]:  # the configuration and the trainer
-    "Find a method in TRL."
+    "Find a method in TRL; ConfigurationError for an unknown method, or without TRL."
     if method not in METHODS: raise ConfigurationError(f"no method {method!r}", fix=f"use one of {', '.join(METHODS)}")
     try:
         home = import_module("trl.experimental.orpo" if method == "orpo" else "trl")
@@ -72,7 +72,7 @@ class PreferenceSettings:
 # %% ../../nbs/training/554_recipes.ipynb #check
 def check_settings(s: PreferenceSettings,  # whose dials are checked when they are made
                   ) -> None:
-    "Refuse dials that are out of range or would do nothing."
+    "Refuse dials that are out of range or would do nothing, with TrainingError for a range, else ConfigurationError."
     trl_classes(s.method)
     for name in ("epochs", "learning_rate", "batch_size", "generations", "answer_length"):
         if not getattr(s, name) > 0: raise TrainingError(f"{name} must be above 0, got {getattr(s, name)}")
@@ -90,7 +90,7 @@ def trl_arguments(model: Model,  # whose device and dtype count
                   work: Path,  # the trainer's own folder
                   steps: int,  # optimizer steps in all
                  ) -> Any:  # a configuration of TRL
-    "Translate the dials for TRL."
+    "Translate the dials for TRL; ConfigurationError for options that are unknown or ours."
     kind, rows = trl_classes(s.method)[0], s.batch_size
     ours: dict[str, Any] = dict(
         output_dir=str(work), num_train_epochs=s.epochs, per_device_train_batch_size=rows, gradient_accumulation_steps=1, learning_rate=s.learning_rate,
@@ -129,7 +129,7 @@ def kto_records(t: AnswerTokens,  # of judgements: m answers on one side
                 batch_size: int,  # judgements in a step: neighbours are within it
                 seed: int,  # of the order
                ) -> list[dict[str, Any]]:
-    "Write judgements as KTO takes them, each with the answer of its neighbour."
+    "Write judgements as KTO takes them, each with the answer of its neighbour (Ethayarajh et al. 2024)."
     order = np.random.default_rng(seed).permutation(len(t)).tolist()
     records = []
     for block in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
@@ -140,7 +140,7 @@ def kto_records(t: AnswerTokens,  # of judgements: m answers on one side
 # %% ../../nbs/training/554_recipes.ipynb #reward
 def trl_reward(reward: Callable[[str, str], float],  # of a prompt and an answer
               ) -> Callable[..., list[float]]:  # of batches, as TRL asks it
-    "Ask a plain function for each answer of a batch."
+    "Ask a plain function for each answer of a batch; TrainingError for one that gives no finite number."
     name = getattr(reward, "__name__", type(reward).__name__)
     def ask(prompts: Sequence[str], completions: Sequence[str], **rest: Any) -> list[float]:
         found = [reward(p, c) for p, c in zip(prompts, completions)]

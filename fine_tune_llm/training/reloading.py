@@ -82,7 +82,7 @@ def reload_from(run: Run,  # that is under way, with its config.yaml
                 path: str | Path,  # a configuration file
                 env: str | None = None,  # name of the environment
                ) -> str | None:  # the id of the command, None if nothing has changed
-    "Ask a run for what has changed in a file."
+    "Ask a run for what has changed in a file; ConfigurationError for what cannot change now."
     before = load_config(run.path / "config.yaml", environ={})
     made = [c for c in run.events("command_applied") if c["command"] == "set" and "before" in c]
     factor = 1.0

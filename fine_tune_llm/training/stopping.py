@@ -35,7 +35,7 @@ def judge(old: Standing,  # the best evaluation so far
           step: int,  # of this evaluation
           figures: Mapping[str, float],  # of the evaluation at this step
          ) -> Standing:  # the better of the two, or the old one with one more wait
-    "Compare an evaluation with the best one."
+    "Compare an evaluation with the best one; TrainingError where the measure is missing."
     if old.name not in figures: raise TrainingError(f"this evaluation has no {old.name!r}", fix=f"use best_by={next((n for n in MEASURES if n in figures), None)!r}")
     value, tie, sign = figures[old.name], figures.get("nll", figures.get("loss", 0.0)), MEASURES[old.name]
     better = old.value is None or (sign * value, -tie) > (sign * old.value, -old.tie)
@@ -118,7 +118,7 @@ def save_standing(referee: Referee,  # that has a standing
 def load_standing(referee: Referee,  # that gets standing and weights; one without best_by is left alone
                   folder: Path,  # of the checkpoint
                  ) -> None:
-    "Go on from the standing in a checkpoint."
+    "Go on from the standing in a checkpoint; TrainingError where there is none."
     from safetensors.torch import load_file
     if referee.standing is None: return
     if not (folder / "best.json").is_file():

@@ -108,7 +108,7 @@ def trained_head(head: Any,  # a module that maps [rows, d] to [rows, V]
 # %% ../../nbs/training/504_supervised_loss.ipynb #parts
 def body_and_head(module: Any,  # a causal language model of transformers, with or without an adapter of PEFT
                  ) -> tuple[Any, Any, Any]:  # body, head, configuration
-    "Take a language model apart."
+    "Take a language model apart; TrainingError where it has no such parts."
     for name, adapter in getattr(module, "peft_config", {}).items():
         if adapter.is_prompt_learning or getattr(adapter, "alora_invocation_tokens", None):
             raise TrainingError(f"an adapter of type {adapter.peft_type.value} works outside the layers of the model", where=f"adapter {name!r}",
@@ -143,7 +143,7 @@ def supervised_loss(module: Any,  # a causal language model of transformers, wit
 def check_supervised_loss(module: Any,  # a causal language model
                           input_ids: list[int],  # a row; its first 32 tokens are used
                          ) -> None:
-    "Refuse a model whose own loss is another one."
+    "Refuse a model whose own loss is another one (TrainingError)."
     was, device = module.training, next(module.parameters()).device
     ids = torch.tensor([input_ids[:32]], device=device)
     module.eval()

@@ -34,7 +34,7 @@ def points(space: Space,  # dial -> choices, or a function that draws
            samples: int | None = None,  # points to draw; None for the full grid
            seed: int = 0,  # of the draw
           ) -> list[dict[str, Any]]:  # settings of each run
-    "List the settings that a sweep tries."
+    "List the settings that a sweep tries; ConfigurationError where there is nothing to try, or no end."
     drawn = [k for k, v in space.items() if callable(v)]
     empty = [k for k, v in space.items() if not callable(v) and (isinstance(v, str) or not len(v))]
     if not space or empty: raise ConfigurationError(f"nothing to try for {', '.join(empty) or 'any dial'}", fix="give a list of values, such as dict(seed=[0, 1, 2])")
@@ -49,7 +49,7 @@ def points(space: Space,  # dial -> choices, or a function that draws
 # %% ../../nbs/training/560_sweeps.ipynb #luck
 def luck(m: int,  # runs, 1 or more
         ) -> float:  # in standard errors
-    "Give the mean of the largest of m standard normal numbers."
+    "Give the mean of the largest of m standard normal numbers (David and Nagaraja 2003, section 3.1)."
     return float(m * quad(lambda x: x * norm.pdf(x) * norm.cdf(x) ** (m - 1), -12, 12, points=[0, luck_peak(m)])[0])
 
 # %% ../../nbs/training/560_sweeps.ipynb #luck-peak
@@ -63,7 +63,7 @@ def measured(preds: Predictions,  # of validation rows
              metric: Callable[..., Estimate],  # of predictions, with level=; gives an estimate with an interval
              m: int,  # runs in the sweep
             ) -> dict[str, Any]:  # the figure, its interval, and the interval that holds for all runs at once
-    "Measure a trial, and refuse rows that may not choose."
+    "Measure a trial, and refuse rows that may not choose (DataError)."
     if preds.split in ("test", "calibration", "shift"):
         raise DataError(f"a winner may not be chosen on the {preds.split} split", fix="judge on validation: judge=lambda run: run.predict(data.validation)")
     one, wide = metric(preds), metric(preds, level=1 - 0.05 / m)
@@ -77,7 +77,7 @@ def run_trial(train: Callable[..., Run],  # gets the point as keywords and out= 
               folder: Path,  # of the run
               m: int,  # runs in the sweep, for the interval that holds for all
              ) -> None:
-    "Train and measure one point, and write down what came out."
+    "Train and measure one point, and write down what came out; TrainingError where the run was stopped."
     if (folder / "trial.json").is_file() and json.loads((folder / "trial.json").read_text())["settings"] == plain(point): return
     begun = (folder / "fingerprint.json").is_file()
     try:
@@ -129,7 +129,7 @@ def collect_trials(folder: Path,  # that holds the runs
                    names: Sequence[str],  # of the folders of the runs
                    larger: bool,  # True where more is better
                   ) -> Sweep:
-    "Read the records of a sweep, the best first."
+    "Read the records of a sweep, the best first; TrainingError where none finished."
     records: list[dict[str, Any]] = [json.loads((folder / n / "trial.json").read_text()) if (folder / n / "trial.json").is_file() else {"settings": {}, "state": "unfinished"} for n in names]
     rows = [{**r["settings"], **{k: v for k, v in r.items() if k not in ("settings", "metric", "split")}} for r in records]
     columns = [*dict.fromkeys(k for r in records for k in r["settings"]), "value", "low", "high", "low_all", "high_all", "n", "state"]
@@ -145,7 +145,7 @@ def ray_trials(job: Callable[[int], None],  # trains the point of that number
                workers: int,  # trained at a time
                folder: Path,  # for what Ray writes, below .ray
               ) -> None:
-    "Train all points through Ray Tune."
+    "Train all points through Ray Tune; ConfigurationError without Ray, TrainingError for a trial that failed."
     if find_spec("ray") is None: raise ConfigurationError("Ray is not installed", fix="pip install 'fine_tune_llm[sweep]', or pass ray=False")
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AIR_NEW_OUTPUT", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"): os.environ.setdefault(name, str(int(name.startswith("TUNE"))))
     import ray
@@ -176,7 +176,7 @@ def sweep(train: Callable[..., Run],  # gets a point as keywords and out= or res
           workers: int = 1,  # runs at a time, with Ray
           ray: bool = False,  # train through Ray Tune
          ) -> Sweep:
-    "Train and judge several settings, and name the winner by validation."
+    "Train and judge several settings, and name the winner by validation; ConfigurationError where nobody knows if more is better."
     name = getattr(metric, "__name__", "")
     if larger is None and name not in LARGER: raise ConfigurationError(f"is more {name or 'of this metric'} better?", fix="pass larger=True or larger=False")
     tried, folder = points(space, samples, seed), Path(out).absolute()

@@ -39,7 +39,7 @@ def task_data(model: Model,  # whose task decides the form
               template: Any = None,  # how a row becomes text, for language models
               validation: Any = 0.1,  # share of the rows to be measured on, or a second source; for free answers
              ) -> Data | Corpus:
-    "Bring data into the form that a task learns from."
+    "Bring data into the form that a task learns from; ConfigurationError for data of another task."
     if model.task == "classification":
         if not isinstance(data, Data): raise ConfigurationError(f"a classifier cannot learn from {type(data).__name__}", fix="pass load_data(...), or a model with task='sft'")
         if template is not None: raise ConfigurationError("a classifier reads texts without a template", fix="load the model with task='label-words'")
@@ -76,7 +76,7 @@ def check_task(model: Model,  # whose task decides what can be used
                data: Data | Corpus,  # from `task_data`
                settings: Settings,  # of the run: best_by and the loss
               ) -> None:
-    "Refuse settings that a task cannot use."
+    "Refuse settings that a task cannot use (TrainingError)."
     figures = FIGURES["sft" if model.task == "sft" else "classification"]
     if settings.best_by and settings.best_by not in figures:
         raise TrainingError(f"the task {model.task!r} is not measured by {settings.best_by!r}", fix=f"use one of {', '.join(figures)}")
@@ -139,7 +139,7 @@ def score_outputs(model: Model,  # whose tokenizer to use
                   settings: Settings,  # of the run: max_length
                   texts: Sequence[str],  # n texts
                  ) -> np.ndarray:  # logits, shape [n, K], or [n, K + 1] where the last output abstains
-    "Compute all outputs for texts."
+    "Compute all outputs for texts; InferenceError for a model of free answers."
     if isinstance(data, Data): return score_texts(model, module, texts, max_length=settings.max_length)
     if model.task == "sft" or data.data is None:
         raise InferenceError("a model of free answers has no classes to score", fix="let it answer: trained_module(run).generate(...)")
@@ -199,7 +199,7 @@ def settle_model(model: Model,  # from `load_model`, perhaps with checkpointing=
                  asked: bool | Preflight,  # whether to predict, or a prediction that was made before
                  resume: str | Path | None,  # a run folder to go on with
                 ) -> tuple[Model, Preflight | None]:  # the model with checkpointing settled, and the prediction if one was made
-    "Predict what a run takes, and decide what depends on it."
+    "Predict what a run takes, and decide what depends on it; ConfigurationError for a preflight in several processes."
     if resume is not None:
         written = Run.attach(resume).path / "fingerprint.json"
         known = Run.attach(resume).read_json(written.name).get("model.checkpointing") if written.is_file() else None

@@ -106,7 +106,7 @@ class TrainingRun(Run):
 # %% ../../nbs/training/530_trainer.ipynb #module-of
 def trained_module(run: TrainingRun,  # that was started or reopened here; TrainingError if it has no model
                   ) -> Any:  # a torch module with the adapter
-    "Wait until a run has ended, and take its model."
+    "Wait until a run has ended, and take its model; TrainingError where it has none."
     state = run.wait()
     if state not in ("finished", "stopped") or "module" not in run.box:
         raise TrainingError(f"the run is {state} and has no model", where=str(run.path), fix="call run.wait(), or resume it")
@@ -199,7 +199,7 @@ def reads_alike(model: Model | None,  # that is tuned; None: not known
 # %% ../../nbs/training/530_trainer.ipynb #resume-point
 def checkpoint_to_resume(run: Run,  # that is taken up; gets a warning per skipped checkpoint
                         ) -> str | None:  # the folder of the newest good checkpoint, None if none was written yet
-    "Find where to go on, and say which checkpoints were skipped."
+    "Find where to go on, and say which checkpoints were skipped; TrainingError where all are damaged."
     place, skipped = last_checkpoint(run.path / "checkpoints")
     for line in skipped: run.log("warning", message=f"checkpoint skipped: {line}")
     if place is None and skipped: raise TrainingError(f"no good checkpoint to resume from: {'; '.join(skipped)}", where=str(run.path), fix="start a new run")
@@ -209,7 +209,7 @@ def checkpoint_to_resume(run: Run,  # that is taken up; gets a warning per skipp
 # %% ../../nbs/training/530_trainer.ipynb #open
 def written_fingerprint(run: Run,  # that is taken up
                        ) -> dict[str, str]:  # dotted name -> value
-    "Read what decided the result of a run so far."
+    "Read what decided the result of a run so far; TrainingError for a run that never began."
     try: return run.read_json("fingerprint.json")
     except (OSError, ValueError): raise TrainingError("the run never began: it has no fingerprint.json", where=str(run.path), fix="start it anew with out=") from None
 
