@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -149,6 +148,6 @@ def class_loss(name: str = "cross-entropy",  # one of CLASS_LOSSES
         if key not in known: raise ConfigurationError(f"the loss {name!r} has no option {key!r}", where="loss=", fix=f"use {', '.join(known)}")
         low, below, words = RANGES[key]
         if (key, value) == ("gamma", "53"): continue
-        if isinstance(value, bool) or not isinstance(value, Real) or not low <= value < below:
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not low <= value < below:
             raise ConfigurationError(f"{key}={value!r} in the loss {name!r}", where="loss=", fix=f"pass {words}")
     return ClassLoss(name, options)
