@@ -127,7 +127,7 @@ def log_step(listener: Listener,  # whose clock and run to use
     if not math.isfinite(logs["loss"]):
         raise TrainingError(f"the loss is {logs['loss']} at step {state.global_step}", where=str(listener.run.path),
                             fix="lower learning_rate, or resume from the last checkpoint with a lower one")
-    rate = done * args.per_device_train_batch_size * args.gradient_accumulation_steps / elapsed
+    rate = done * args.per_device_train_batch_size * args.gradient_accumulation_steps * world()[1] / elapsed
     listener.run.log("step", step=state.global_step, epoch=state.epoch, loss=logs["loss"], learning_rate=logs.get("learning_rate"),
                      grad_norm=logs.get("grad_norm"), rows_per_second=rate, eta_s=seconds_left(elapsed, done, state.max_steps - state.global_step))
     if listener.progress: listener.progress(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
