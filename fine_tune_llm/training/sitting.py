@@ -19,6 +19,7 @@ from typing import Any
 from ..core.locks import occupied
 from ..core.logs import log_as
 from ..core.runs import Run
+from ..core.secrets import redact
 from .checkpoints import drafting
 from .commands import refuse_stale
 from .processes import world
@@ -60,7 +61,7 @@ def note_failure(run: Run,  # that gets the event run_failed
                 ) -> None:
     "Keep an error, and write it down if that can be done."
     box["error"] = error
-    try: run.log("run_failed", error=f"{type(error).__name__}: {error}"[:500])
+    try: run.log("run_failed", error=redact(f"{type(error).__name__}: {error}")[:500])
     except OSError as e: traceback.clear_frames(e.__traceback__)  # a full disk: there is nowhere left to say so
 
 # %% ../../nbs/training/525_sitting.ipynb #release

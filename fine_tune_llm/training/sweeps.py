@@ -24,6 +24,7 @@ from scipy.stats import norm
 
 from ..core.errors import ConfigurationError, DataError, TrainingError
 from ..core.runs import Run, plain, write_atomic
+from ..core.secrets import redact
 from ..uncertainty.metrics import Estimate, nll
 from ..uncertainty.predictions import Predictions
 
@@ -83,7 +84,7 @@ def run_trial(train: Callable[..., Run],  # gets the point as keywords and out= 
     try:
         run = train(**point, **{"resume" if begun else "out": folder})
         state = run.wait()
-    except Exception as e: record = dict(settings=dict(point), state="failed", error=f"{type(e).__name__}: {e}"[:300])
+    except Exception as e: record = dict(settings=dict(point), state="failed", error=redact(f"{type(e).__name__}: {e}")[:300])
     else:
         if state != "finished": raise TrainingError(f"the run is {state}, and the sweep with it", where=str(folder), fix="call sweep again to go on")
         record = dict(settings=dict(point), state="finished", **measured(judge(run), metric, m))
