@@ -123,6 +123,7 @@ def check_ranges(s: Settings,  # whose numbers are checked
         if getattr(s, name) is not None and getattr(s, name) != int(getattr(s, name)): raise TrainingError(f"{name} must be a whole number, got {getattr(s, name)}")
     for name in ("warmup", "target_risk"):
         if not 0 <= getattr(s, name) < 1: raise TrainingError(f"{name} must be at least 0 and below 1, got {getattr(s, name)}")
+    if not 0 <= s.weight_decay < math.inf: raise TrainingError(f"weight_decay must be 0 or more, got {s.weight_decay}")
     if s.batch_size % s.accumulate:
         raise TrainingError(f"{s.batch_size} rows cannot pass in {s.accumulate} equal pieces", fix="choose accumulate so that it divides batch_size")
 

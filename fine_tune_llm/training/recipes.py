@@ -76,6 +76,8 @@ def check_settings(s: PreferenceSettings,  # whose dials are checked when they a
     trl_classes(s.method)
     for name in ("epochs", "learning_rate", "batch_size", "generations", "answer_length"):
         if not getattr(s, name) > 0: raise TrainingError(f"{name} must be above 0, got {getattr(s, name)}")
+    if not 0 <= s.warmup < 1: raise TrainingError(f"warmup must be at least 0 and below 1, got {s.warmup}")
+    if not 0 <= s.weight_decay < math.inf: raise TrainingError(f"weight_decay must be 0 or more, got {s.weight_decay}")
     if s.on_cut not in ("refuse", "drop", "keep"): raise ConfigurationError(f"no on_cut={s.on_cut!r}", fix="use 'refuse', 'drop' or 'keep'")
     if s.beta is not None and (s.method == "reward" or not s.beta >= 0): raise ConfigurationError(f"beta={s.beta} for {s.method}", fix="reward has no beta; give 0 or more to the others")
     if s.method == "grpo" and (s.generations < 2 or s.batch_size % s.generations):

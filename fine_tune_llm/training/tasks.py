@@ -77,7 +77,9 @@ def check_task(model: Model,  # whose task decides what can be used
                settings: Settings,  # of the run: best_by and the loss
               ) -> None:
     "Refuse settings that a task cannot use (TrainingError)."
-    figures = FIGURES["sft" if model.task == "sft" else "classification"]
+    figures, pieces = FIGURES["sft" if model.task == "sft" else "classification"], settings.accumulate * world()[1]
+    if settings.batch_size % pieces:
+        raise TrainingError(f"{settings.batch_size} rows cannot pass in {settings.accumulate} equal pieces through {world()[1]} processes", fix=f"choose a batch_size that {pieces} divides")
     if settings.best_by and settings.best_by not in figures:
         raise TrainingError(f"the task {model.task!r} is not measured by {settings.best_by!r}", fix=f"use one of {', '.join(figures)}")
     if settings.best_by and not measured(data): raise TrainingError("best_by without validation rows", fix="give some, or leave best_by out")
