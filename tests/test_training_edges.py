@@ -8,6 +8,7 @@ from fine_tune_llm.core.runs import Run
 from fine_tune_llm.data.loading import load_data
 from fine_tune_llm.models.loading import load_model
 from fine_tune_llm.training.loop import Settings
+from fine_tune_llm.training.margins import answer_logprobs
 from fine_tune_llm.training.recipes import PreferenceSettings
 from fine_tune_llm.training.sitting import note_failure
 from fine_tune_llm.training.sweeps import run_trial
@@ -44,3 +45,17 @@ def test_a_failure_that_is_written_down_holds_no_piece_of_a_token(tmp_path: Path
     run_trial(lambda **point: fail(300), lambda run: run, nll, {}, tmp_path / "trial", 1)  # type: ignore[arg-type,return-value]
     for file in (tmp_path / "run/events.jsonl", tmp_path / "trial/trial.json"):
         assert "OSError: xx" in file.read_text() and "hf_" not in file.read_text()
+
+
+def test_answers_of_a_model_whose_text_settings_lie_one_level_down() -> None:
+    "Gemma 3 of 4 billion weights and more is such a model; the sum is that of its own log softmax."
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma3Config
+    text = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    sight = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    module = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=sight)).eval()
+    assert not hasattr(module.config, "vocab_size")
+    found = answer_logprobs(module, [[1, 2, 3], [9]], [[4, 5], [7, 8, 6]])
+    for prompt, answer, value in (([1, 2, 3], [4, 5], found[0]), ([9], [7, 8, 6], found[1])):
+        with torch.inference_mode(): said = module(input_ids=torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+        assert abs(value - sum(float(said[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))) < 1e-4

@@ -119,7 +119,7 @@ def answer_logprobs(module: Any,  # a torch language model
     module.eval()
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers)]
     with torch.inference_mode():
-        for rows in batches(lengths, max(1, most // (max(lengths, default=1) * module.config.vocab_size))):
+        for rows in batches(lengths, max(1, most // (max(lengths, default=1) * module.config.get_text_config().vocab_size))):
             wide = max(lengths[i] for i in rows)
             ids = torch.tensor([[*prompts[i], *answers[i], *[0] * (wide - lengths[i])] for i in rows], device=module.device)
             places = torch.arange(wide, device=module.device)
