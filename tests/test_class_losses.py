@@ -135,6 +135,6 @@ def test_last_output_becomes_a_score():
 @pytest.mark.parametrize("name,options,word", [
     ("hinge", {}, "use one of"), ("focal", {"gama": 2}, "use gamma"), ("focal", {"gamma": -1}, "0 or more"), ("focal", {"gamma": "52"}, "'53'"),
     ("gambler", {"payoff": 1}, "above 1"), ("chow", {"cost": 1.0}, "not including"), ("cross-entropy", {"smoothing": float("nan")}, "not including"),
-    ("abstaining", {"price": True}, "above 0"), ("confidence-weighted", {"power": 0}, "above 0")])
+    ("abstaining", {"price": True}, "above 0"), ("focal", {"gamma": None}, "0 or more"), ("chow", {"cost": [0.5]}, "not including"), ("confidence-weighted", {"power": 0}, "above 0")])
 def test_refusals(name, options, word):
     with pytest.raises(ConfigurationError, match=word): class_loss(name, **options)

@@ -44,6 +44,7 @@ def test_two_processes_take_the_path_of_one(tmp_path: Path) -> None:
     assert len(losses[0]) == 18 and losses[0].keys() == losses[1].keys()
     assert np.allclose(list(losses[0].values()), list(losses[1].values()), rtol=0, atol=1e-6)
     assert [e["event"] for e in one.events()] == [e["event"] for e in two.events()]  # one of the two wrote
+    for e in two.events("step")[:-1]: assert np.isclose(e["rows_per_second"] * e["eta_s"], 4 * (18 - e["step"]))  # the rows of both processes, whatever the clock says
     assert two.verify().torn == 0 and two.state == "finished" and (two.path / "adapter/adapter_model.safetensors").exists()
     saved = sorted((two.path / "checkpoints").glob("step-*"))
     assert len(saved) == 2 and {"rng_state_0.pth", "rng_state_1.pth"} <= set(json.loads((saved[0] / "manifest.json").read_text()))

@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "r
 # %% ../../nbs/models/410_adapters.ipynb #split
 def split_method(lora: Mapping[str, Any],  # fields of `finetune`'s lora
                 ) -> tuple[str, float, dict[str, Any]]:  # the method, the ratio of LoRA+, and the fields for PEFT
-    "Take apart what is ours and what is PEFT's."
+    "Take apart what is ours and what is PEFT's; ConfigurationError for an unknown method or a ratio below 1."
     method = lora.get("method", "lora")
     if method not in METHODS: raise ConfigurationError(f"no method {method!r}", fix=f"pass one of {', '.join(METHODS)}")
     fields = METHODS[method] | {k: v for k, v in lora.items() if k != "method"}
@@ -55,7 +55,7 @@ def method_defaults(method: str,  # one of METHODS
 def lora_config(lora: Mapping[str, Any],  # `method`, `plus_ratio`, and fields of PEFT's LoraConfig; `r` is the rank
                 steps: int = 1000,  # optimizer steps of the run, for AdaLoRA
                ) -> Any:  # transformers' or peft's LoraConfig or AdaLoraConfig, None for full fine-tuning
-    "Complete a LoRA configuration with our defaults."
+    "Complete a LoRA configuration with our defaults; ConfigurationError for fields that PEFT does not know or cannot join."
     from difflib import get_close_matches
     from inspect import signature
 
@@ -75,7 +75,7 @@ def lora_config(lora: Mapping[str, Any],  # `method`, `plus_ratio`, and fields o
 # %% ../../nbs/models/410_adapters.ipynb #full
 def free_all(module: Any,  # a model from `build_classifier` or `build_causal`
             ) -> Any:  # the same
-    "Let every weight move."
+    "Let every weight move; ConfigurationError for quantized weights."
     if getattr(module, "is_quantized", False):
         raise ConfigurationError("weights in four or eight bits cannot be trained", fix="load the model without quantize, or pass method='lora'")
     return module.requires_grad_(True)
@@ -96,7 +96,7 @@ def add_adapter(module: Any,  # a model from `build_classifier` or `build_causal
                 seed: int = 0,  # of the new adapter
                 steps: int | None = None,  # optimizer steps of the run; AdaLoRA must know
                ) -> Any:  # transformers' or peft's PeftModel; the module itself for method="full"
-    "Freeze a model and put a trainable adapter on it."
+    "Freeze a model and put a trainable adapter on it; ConfigurationError where no adapter fits the layers."
     import torch
     from peft import get_peft_model, prepare_model_for_kbit_training
     method = split_method(lora)[0]
@@ -165,9 +165,9 @@ def lora_plus_groups(module: Any,  # a model with an adapter, or one that is tra
                      learning_rate: float,  # of A, and of whatever is neither B nor the head
                      ratio: float = 16.0,  # of B's rate to A's
                      head_learning_rate: float | None = None,  # of a new head, that of A where not given
-                     weight_decay: float = 0.0,
+                     weight_decay: float = 0.0,  # of matrices, as AdamW takes it; biases and norms have none
                     ) -> list[dict[str, Any]]:  # groups for a torch optimizer
-    "Give A, B and the head their own learning rates."
+    "Give A, B and the head their own learning rates (Hayou et al. 2024)."
     rates = {"A": learning_rate, "B": ratio * learning_rate, "head": head_learning_rate or learning_rate}
     groups: dict[tuple[str, float], list[Any]] = {}
     for n, p in module.named_parameters():
@@ -185,7 +185,7 @@ def is_adalora(module: Any,  # any torch module
 # %% ../../nbs/models/410_adapters.ipynb #adalora
 def rank_allocator(module: Any,  # a model from `add_adapter`
                   ) -> Any:  # transformers' TrainerCallback, None where no rank is to be taken away
-    "Make the callback that AdaLoRA needs during training."
+    "Make the callback that AdaLoRA needs during training (Zhang et al. 2023)."
     from transformers import TrainerCallback
     if not is_adalora(module): return None
     class RankAllocator(TrainerCallback):
@@ -236,7 +236,7 @@ def save_adapter(module: Any,  # a model from `add_adapter`
 def load_adapter(module: Any,  # a model from `build_classifier` or `build_causal`
                  folder: str | Path,  # that `save_adapter` wrote
                 ) -> Any:  # transformers' or peft's PeftModel, or the model itself if it was trained whole
-    "Put saved weights on a model, for answering."
+    "Put saved weights on a model, for answering; ModelError where there is none, or one of another model."
     from peft import PeftModel
     with quiet():
         if (Path(folder) / "adapter_config.json").is_file():
@@ -252,7 +252,7 @@ def load_adapter(module: Any,  # a model from `build_classifier` or `build_causa
 def switch_adapter(module: Any,  # a model from `stack_adapters`
                    *names: str,  # of the adapters that shall act, the first with its head
                   ) -> Any:  # the same
-    "Choose which adapters act."
+    "Choose which adapters act; ConfigurationError for an unknown name."
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
     if unknown := set(names) - set(module.peft_config) or not names:
@@ -267,7 +267,7 @@ def switch_adapter(module: Any,  # a model from `stack_adapters`
 def stack_adapters(module: Any,  # a model from `build_classifier` or `build_causal`
                    adapters: Mapping[str, str | Path],  # name -> a folder that `save_adapter` wrote
                   ) -> Any:  # transformers' or peft's PeftModel, with all of them switched on
-    "Put several saved adapters on one model."
+    "Put several saved adapters on one model; ModelError for one that changed the weights below it."
     from peft import PeftConfig, PeftModel
     for name, folder in adapters.items():
         if str(getattr(PeftConfig.from_pretrained(str(folder)), "init_lora_weights", True)).startswith(("pissa", "olora", "corda")):
@@ -282,7 +282,7 @@ def stack_adapters(module: Any,  # a model from `build_classifier` or `build_cau
 def merge_adapter(module: Any,  # a model with adapters; it is used up
                   into_quantized: bool = False,  # round the sum again where the base is in four or eight bits
                  ) -> Any:  # transformers' PreTrainedModel, without PEFT
-    "Make the adapters that are switched on part of the weights."
+    "Make the adapters that are switched on part of the weights; ModelError for quantized weights and for weights that are not finite."
     if not hasattr(module, "merge_and_unload"): return module
     if getattr(module.get_base_model(), "is_quantized", False) and not into_quantized:
         raise ModelError("merging into quantized weights rounds them again", fix="load the base without quantize and put the adapter on that, or pass into_quantized=True")

@@ -28,7 +28,7 @@ def score_choices(model: Model,  # whose tokenizer to use
                   without: str | None = None,  # a question that asks nothing, whose scores are taken off
                   batch_size: int = 8,  # prompts in a batch, at most
                  ) -> list[np.ndarray]:  # n arrays of float64 log-likelihoods, one per option
-    "Score the options of each question behind it."
+    "Score the options of each question behind it; DataError for questions without two choices."
     if len(questions) != len(choices): raise DataError(f"{len(questions)} questions and {len(choices)} lists of choices", fix="give one list for each question")
     few = [i for i, options in enumerate(choices) if len(options) < 2]
     if few: raise DataError(f"{len(few)} questions have fewer than two choices", f"rows {', '.join(map(str, few[:5]))}", "leave these questions out")
@@ -45,7 +45,7 @@ def score_choices(model: Model,  # whose tokenizer to use
 def letter_choices(questions: Sequence[str],  # n questions
                    choices: Sequence[Sequence[str]],  # n lists of options, at most 26 each
                   ) -> tuple[list[str], list[list[str]]]:  # questions with the options printed, and the letters of each
-    "Print options into their questions, with a letter in front of each."
+    "Print options into their questions, with a letter in front of each; DataError for more than 26 choices."
     if any(len(options) > 26 for options in choices): raise DataError("a question with more choices than letters", fix="score the choices as text")
     printed = ["\n".join([q, *(f"{letter}. {c}" for letter, c in zip(ascii_uppercase, options))]) for q, options in zip(questions, choices)]
     return printed, [list(ascii_uppercase[:len(options)]) for options in choices]

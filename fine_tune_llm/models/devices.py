@@ -54,7 +54,7 @@ def reason(device: str, dtype: str,  # that were chosen
 def device_plan(device: str | None = None,  # "cuda", "mps", "cpu" or None to choose
                 dtype: str | None = None,  # "float32", "bfloat16", "float16" or None to choose
                ) -> Plan:
-    "Choose a device and a precision, and say why."
+    "Choose a device and a precision, and say why; ModelError for a device or dtype that is not there."
     wait_politely()
     import torch
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -133,7 +133,7 @@ def refuse_too_large(name: str,  # of the model
                      free: float,  # bytes
                      device: str,  # where
                     ) -> None:
-    "Refuse to read weights that do not fit."
+    "Refuse to read weights that do not fit (ModelError that names what would fit)."
     (asked, needed), *others = needs.items()
     if needed <= free: return
     fitting = next((f"pass {way}, which needs {size(n)}" for way, n in others if n <= free), "take a smaller model or a larger machine")

@@ -24,10 +24,10 @@ def token_log_probs(model: Model,  # whose padding to use
                     examples: Iterable[Mapping[str, Sequence[int]]],  # n rows with `input_ids` and `labels`, as `DataTruth.examples` gives them
                     batch_size: int = 8,  # rows in a batch, at most
                    ) -> list[np.ndarray]:  # n arrays of float32 log probabilities, one per learned token
-    "Compute how probable a model finds each token that rows teach."
+    "Compute how probable a model finds each token that rows teach; DataError names the rows that teach nothing."
     import torch
     rows = [(list(e["input_ids"]), np.asarray(e["labels"])) for e in examples]
-    bad = [i for i, (ids, labels) in enumerate(rows) if len(ids) != len(labels) or labels[0] != -100 or not (labels != -100).any()]
+    bad = [i for i, (ids, labels) in enumerate(rows) if len(ids) != len(labels) or not ids or labels[0] != -100 or not (labels != -100).any()]
     if bad: raise DataError(f"{len(bad)} rows cannot be scored", f"rows {', '.join(map(str, bad[:5]))}", "each needs as many labels as tokens, a first token that is not learned, and one that is")
     out: dict[int, np.ndarray] = {}
     training = module.training
@@ -41,8 +41,10 @@ def token_log_probs(model: Model,  # whose padding to use
     return [out[i] for i in range(len(rows))]
 
 # %% ../../nbs/models/428_generation.ipynb #given-batch
-def learned_log_probs(module: Any, rows: Sequence[tuple[list[int], np.ndarray]],  # (token ids, labels) of each row
-                      pad: int) -> list[np.ndarray]:
+def learned_log_probs(module: Any,  # a torch language model, in evaluation mode
+                      rows: Sequence[tuple[list[int], np.ndarray]],  # (token ids, labels) of each row
+                      pad: int,  # token id to fill up with
+                     ) -> list[np.ndarray]:  # per row: float32 log probabilities of its learned tokens
     "Look up the learned tokens of one batch."
     import torch
     ids, mask = pad_right([row for row, _ in rows], pad, module.device)
@@ -66,9 +68,13 @@ class Answers:
 
     def __len__(self) -> int: return len(self.prompts)
     @property
-    def log_probs(self) -> np.ndarray: return np.array([[float(v.sum(dtype=np.float64)) for v in row] for row in self.token_log_probs])  # of whole answers [m, n]
+    def log_probs(self) -> np.ndarray:
+        "Add up the log probabilities of each answer, float64, shape [m, n]."
+        return np.array([[float(v.sum(dtype=np.float64)) for v in row] for row in self.token_log_probs])
     @property
-    def lengths(self) -> np.ndarray: return np.array([[len(v) for v in row] for row in self.token_log_probs])  # in tokens [m, n]
+    def lengths(self) -> np.ndarray:
+        "Count the tokens of each answer, shape [m, n]."
+        return np.array([[len(v) for v in row] for row in self.token_log_probs])
     def __repr__(self) -> str: return f"Answers({len(self)} prompts, {self.settings.get('n')} each, {self.finished.mean():.0%} finished)"
 
 # %% ../../nbs/models/428_generation.ipynb #sample
@@ -106,7 +112,7 @@ def generate_answers(model: Model,  # whose tokenizer to use
                      seed: int = 0,  # the same for each prompt
                      top_p: float = 1.0,  # sample among the likeliest tokens with this much probability together
                     ) -> Answers:
-    "Write answers, with the probability of each token."
+    "Write answers, with the probability of each token; ConfigurationError for settings out of range."
     if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ConfigurationError(f"n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}", fix="use n and max_new_tokens of 1 or more, a temperature of 0 or more, top_p above 0 up to 1")
     settings = dict(n=n, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
@@ -123,8 +129,11 @@ def generate_answers(model: Model,  # whose tokenizer to use
                    np.array([[done for _, _, done in row] for row in made], bool).reshape(len(ids), n), settings)
 
 # %% ../../nbs/models/428_generation.ipynb #refuse
-def refuse_prompts(model: Model, ids: Sequence[Sequence[int]], room: int) -> None:
-    "Refuse prompts of no token, and those that leave too little room."
+def refuse_prompts(model: Model,  # whose tokenizer and positions set the limit
+                   ids: Sequence[Sequence[int]],  # token ids of each prompt
+                   room: int,  # tokens that an answer may take
+                  ) -> None:
+    "Refuse prompts of no token, and those that leave too little room (InferenceError)."
     limit = min(model.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9)
     bad = [i for i, row in enumerate(ids) if not row or len(row) + room > limit]
     if bad: raise InferenceError(f"{len(bad)} of {len(ids)} prompts are empty, or over {limit} tokens with {room} to write", f"rows {', '.join(map(str, bad[:5]))}",

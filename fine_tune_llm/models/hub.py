@@ -19,6 +19,7 @@ import pandas as pd
 
 from ..audit.exports import markdown_cell, markdown_table
 from ..core.errors import ConfigurationError, ModelError
+from ..core.secrets import redact
 from .serving import refuse_bad_merge
 
 # %% ../../nbs/models/436_hub.ipynb #look
@@ -27,7 +28,8 @@ SECRET_NAMES = re.compile(r"(^|[._-])(env|netrc|npmrc|pypirc|credentials?|secret
 SECRETS = {"a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----", "a hub token": r"\bhf_[A-Za-z0-9]{30,}", "a cloud key": r"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
            "a GitHub token": r"\b(gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{50,})", "an API key": r"\bsk-[A-Za-z0-9_-]{32,}", "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{20}"}
 
-def may_run_code(path: Path) -> bool:
+def may_run_code(path: Path,  # of any file; its first bytes are read, and names within a zip
+                ) -> bool:
     "Say whether a file may hold a pickle."
     with path.open("rb") as f: head = f.read(2)
     if path.suffix.lower() in PICKLED or (head[:1] == b"\x80" and len(head) == 2 and 2 <= head[1] <= 5): return True
@@ -35,7 +37,8 @@ def may_run_code(path: Path) -> bool:
     with ZipFile(path) as z: return any(n.lower().endswith(PICKLED) for n in z.namelist())
 
 # %% ../../nbs/models/436_hub.ipynb #secret-in
-def secret_in(path: Path) -> str:  # what was found, never the secret itself; "" where nothing was
+def secret_in(path: Path,  # of a file; its first 16 MiB are read
+             ) -> str:  # what was found, never the secret itself; "" where nothing was
     "Search a file for what looks like a key."
     if SECRET_NAMES.search(path.name): return "a name that keys have"
     with path.open("rb") as f: raw = f.read(1 << 24)
@@ -44,8 +47,9 @@ def secret_in(path: Path) -> str:  # what was found, never the secret itself; ""
     return next((what for what, shape in SECRETS.items() if re.search(shape, text)), "")
 
 # %% ../../nbs/models/436_hub.ipynb #list
-def files_to_upload(folder: str | Path) -> dict[str, int]:  # path in the repository -> bytes
-    "List what would be uploaded, or refuse."
+def files_to_upload(folder: str | Path,  # that `merge` wrote
+                   ) -> dict[str, int]:  # path in the repository -> bytes
+    "List what would be uploaded, or refuse; ModelError names the file that may not leave."
     folder = Path(folder)
     if not folder.is_dir(): raise ModelError("no folder to upload", where=str(folder), fix="pass a folder that merge wrote")
     found: dict[str, int] = {}
@@ -59,7 +63,8 @@ def files_to_upload(folder: str | Path) -> dict[str, int]:  # path in the reposi
     return found
 
 # %% ../../nbs/models/436_hub.ipynb #card
-def certificate_text(folder: Path) -> list[str]:  # Markdown
+def certificate_text(folder: Path,  # that `merge` wrote, perhaps without a certificate
+                    ) -> list[str]:  # Markdown
     "Tell what the certificate of a folder says."
     path = folder / "certificate.json"
     if not path.is_file(): return ["No certificate: nobody has compared this model with the one that was tested."]
@@ -90,10 +95,10 @@ def hub_card(folder: str | Path,  # that `merge` wrote
 @dataclass(frozen=True)
 class Upload:
     "Hold what went to the hub, or what would."
-    repo_id: str
+    repo_id: str  # "owner/name"
     files: Mapping[str, int]  # path in the repository -> bytes
     card: str = field(repr=False)  # the model card
-    private: bool = True
+    private: bool = True  # only its owner can see the repository
     url: str = ""  # of the commit; "" for a dry run
 
     def __str__(self) -> str:
@@ -101,14 +106,17 @@ class Upload:
         return "\n".join([f"{self.repo_id} ({'private' if self.private else 'public'}): {state}", *(f"{size:>12,}  {name}" for name, size in self.files.items())])
 
 # %% ../../nbs/models/436_hub.ipynb #without-token
-def without_token(text: str, token: str | None) -> str:
-    "Take tokens out of a message."
-    return re.sub(SECRETS["a hub token"], "(token)", text.replace(token, "(token)") if token else text)
+def without_token(text: str,  # a message of the hub's client
+                  token: str | None,  # that was used, or None
+                  most: int = 300,  # characters that are left; cut last, for half a token has no shape
+                 ) -> str:
+    "Take tokens and other secrets out of a message."
+    return redact(re.sub(SECRETS["a hub token"], "(token)", text.replace(token, "(token)") if token else text))[:most]
 
 # %% ../../nbs/models/436_hub.ipynb #push-to-hub
 def push_to_hub(folder: str | Path,  # that `merge` wrote
                 repo_id: str,  # "owner/name"
-                private: bool = True,
+                private: bool = True,  # only the owner sees it; a public one that exists is refused
                 token: str | None = None,  # None: that of `hf auth login`
                 dry_run: bool = False,  # list and write the card, upload nothing
                 base_model: str | None = None,  # hub id of the base
@@ -116,7 +124,7 @@ def push_to_hub(folder: str | Path,  # that `merge` wrote
                 audit_card: str = "",  # Markdown, from `model_card` of the audit
                 endpoint: str | None = None,  # of another hub than huggingface.co
                ) -> Upload:
-    "Upload a merged model with its card, after a look at every file."
+    "Upload a merged model with its card, after a look at every file; ModelError where one may not leave or the upload fails, ConfigurationError for a bad repo_id."
     from huggingface_hub import CommitOperationAdd, HfApi
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo_id): raise ConfigurationError(f"no repository {repo_id!r}", fix="write owner/name")
     folder = Path(folder)
@@ -130,5 +138,5 @@ def push_to_hub(folder: str | Path,  # that `merge` wrote
         if private and not api.repo_info(repo_id).private: raise ValueError("the repository exists and is public; pass private=False if that is meant")
         done = api.create_commit(repo_id, [CommitOperationAdd(name, str(folder / name)) for name in files], commit_message="Upload a merged model with its certificate")
     except Exception as e:
-        raise ModelError(f"the upload failed: {without_token(' '.join(str(e).split())[:300], token)}", where=repo_id, fix="check the network and the token, and run it again") from None
+        raise ModelError(f"the upload failed: {without_token(' '.join(str(e).split()), token)}", where=repo_id, fix="check the network and the token, and run it again") from None
     return Upload(repo_id, files, card, private, str(done.commit_url))

@@ -54,9 +54,9 @@ def sum_steps(values: Any,  # torch tensor [E]
     return torch.zeros(k, dtype=torch.float64, device=values.device).index_add(0, to, values[taken].double())
 
 # %% ../../nbs/models/423_label_forward.ipynb #pad
-def pad_right(rows: Sequence[Sequence[int]],  # token ids
-              pad: int,
-              device: Any,
+def pad_right(rows: Sequence[Sequence[int]],  # B rows of token ids, each of at least one token
+              pad: int,  # token id to fill up with
+              device: Any,  # torch device of the result
              ) -> tuple[Any, Any]:  # token ids and attention mask, int64 [B, T]
     "Fill rows up to one length."
     import torch
@@ -66,7 +66,7 @@ def pad_right(rows: Sequence[Sequence[int]],  # token ids
 
 # %% ../../nbs/models/423_label_forward.ipynb #plain
 def plain_scores(module: Any,  # a torch language model
-                 asked: Sequence[Asked],
+                 asked: Sequence[Asked],  # prompts, each with its K answers
                  pad: int,  # token id to fill up with
                  rows: int = 16,  # texts in a batch
                 ) -> list[Any]:  # per prompt: float64 [K] log-likelihoods
@@ -88,7 +88,7 @@ def plain_scores(module: Any,  # a torch language model
 
 # %% ../../nbs/models/423_label_forward.ipynb #cache
 def cached_scores(module: Any,  # a torch language model
-                  asked: Sequence[Asked],
+                  asked: Sequence[Asked],  # prompts, each with its K answers
                   pad: int,  # token id to fill up with
                   rows: int = 32,  # answers in a batch
                  ) -> list[Any]:  # per prompt: float64 [K] log-likelihoods
@@ -109,11 +109,11 @@ def cached_scores(module: Any,  # a torch language model
     return out
 
 # %% ../../nbs/models/423_label_forward.ipynb #behind
-def read_behind(module: Any,
+def read_behind(module: Any,  # a torch language model
                 past: Any,  # what the model keeps of a prompt
                 n: int,  # tokens of that prompt
                 answers: Sequence[Sequence[int]],  # each of 2 tokens or more
-                pad: int,
+                pad: int,  # token id to fill up with
                ) -> Any:  # float64 [K], log-likelihoods of all but the first token of each
     "Read answers behind a prompt that was read before."
     import torch
@@ -146,7 +146,7 @@ def tree_inputs(asked: Sequence[Asked],  # B prompts
 
 # %% ../../nbs/models/423_label_forward.ipynb #tree
 def tree_scores(module: Any,  # a torch language model
-                asked: Sequence[Asked],
+                asked: Sequence[Asked],  # prompts, each with its K answers
                 pad: int,  # token id to fill up with
                 tries: Sequence[Trie] | None = None,  # of the answers, where the caller has them
                ) -> list[Any]:  # per prompt: float64 [K] log-likelihoods

@@ -23,7 +23,8 @@ from .loading import Model
 from ..uncertainty.predictions import Predictions, log_softmax_rows
 
 # %% ../../nbs/models/424_label_scoring.ipynb #window
-def attention_window(module: Any) -> int | None:  # tokens; None where every token sees all before it
+def attention_window(module: Any,  # a torch language model, of which the configuration is read
+                    ) -> int | None:  # tokens; None where every token sees all before it
     "Find how far back a model looks."
     config = module.config.get_text_config()
     if getattr(config, "use_sliding_window", True) is False: return None
@@ -31,14 +32,16 @@ def attention_window(module: Any) -> int | None:  # tokens; None where every tok
     return min((int(w) for w in found if isinstance(w, int) and w > 0), default=None)
 
 # %% ../../nbs/models/424_label_scoring.ipynb #probe
-def probe_rows(asked: Sequence[Asked]) -> list[Asked]:
+def probe_rows(asked: Sequence[Asked],  # prompts with their answers, at least one
+              ) -> list[Asked]:
     "Take two short prompts of different lengths, with the three longest answers."
     prompt, answers = asked[0].prompt[:24], tuple(sorted(set(asked[0].answers), key=len)[-3:])
     return [Asked(prompt, answers), Asked(prompt[:max(1, len(prompt) // 2)], answers)]
 
 def agrees(module: Any,  # a torch language model, in evaluation mode
            way: str,  # one of WAYS
-           asked: Sequence[Asked], pad: int,
+           asked: Sequence[Asked],  # prompts with their answers; `probe_rows` takes two of them
+           pad: int,  # token id to fill up with
           ) -> bool:
     "Try whether a way gives what reading one text at a time gives."
     import torch
@@ -55,7 +58,7 @@ def choose_way(module: Any,  # a torch language model, in evaluation mode
                asked: Sequence[Asked],  # prompts with their answers, at least one
                pad: int,  # token id to fill up with
               ) -> str:  # one of WAYS
-    "Find the fastest way to read answers that is right for a model."
+    "Find the fastest way to read answers that is right for a model; ModelError where padding changes every score."
     peft = getattr(module, "active_peft_config", None)
     if getattr(peft, "is_prompt_learning", False): raise ModelError("answers cannot be scored behind learned prompt tokens", fix="use LoRA or another adapter that changes weights")
     window, longest = attention_window(module), max(a.longest for a in asked)
@@ -65,7 +68,10 @@ def choose_way(module: Any,  # a torch language model, in evaluation mode
     raise ModelError("padding changes the scores of this model", fix="load it with attn_implementation='eager' or 'sdpa'")
 
 # %% ../../nbs/models/424_label_scoring.ipynb #group
-def deal_prompts(asked: Sequence[Asked], vocabulary: int, batch_size: int) -> Iterator[list[int]]:  # row numbers, each once
+def deal_prompts(asked: Sequence[Asked],  # n prompts with their answers
+                 vocabulary: int,  # width of a row of logits: 2**25 numbers fit into a batch
+                 batch_size: int,  # prompts in a batch, at most
+                ) -> Iterator[list[int]]:  # row numbers, each once
     "Group prompts of like length, as many as memory allows."
     sizes: dict[tuple[tuple[int, ...], ...], int] = {}
     held: list[int] = []
@@ -85,7 +91,7 @@ def score_asked(model: Model,  # whose tokenizer to use
                 batch_size: int = 8,  # prompts in a batch, at most
                 way: str = "auto",  # one of WAYS, or "auto" for the fastest that is right
                ) -> list[np.ndarray]:  # n arrays of float64 log-likelihoods, one per answer
-    "Score answers behind prompts."
+    "Score answers behind prompts; InferenceError for prompts that are too long and scores that are not finite."
     if not asked: return []
     check_lengths(model, asked)
     pad = model.tokenizer.pad_token_id or 0
@@ -97,16 +103,23 @@ def score_asked(model: Model,  # whose tokenizer to use
     if bad: raise InferenceError(f"scores of {bad} texts are not finite", fix="lower the learning rate and train again")
     return out
 
-def check_lengths(model: Model, asked: Sequence[Asked]) -> None:
-    "Refuse prompts that leave no room for an answer."
+def check_lengths(model: Model,  # whose tokenizer and positions set the limit
+                  asked: Sequence[Asked],  # prompts with their answers
+                 ) -> None:
+    "Refuse prompts that leave no room for an answer (InferenceError)."
     limit = min(model.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9)
     long = [i for i, a in enumerate(asked) if a.longest > limit]
     if long: raise InferenceError(f"{len(long)} of {len(asked)} prompts with their longest answer are over {limit} tokens", f"rows {', '.join(map(str, long[:5]))}",
                                   "shorten these texts, or the template")
 
 # %% ../../nbs/models/424_label_scoring.ipynb #run
-def run_way(module: Any, asked: Sequence[Asked], pad: int, batch_size: int, way: str) -> list[np.ndarray]:
-    "Read prompts in batches, and put the scores back into order."
+def run_way(module: Any,  # a torch language model, in evaluation mode
+            asked: Sequence[Asked],  # n prompts with their answers
+            pad: int,  # token id to fill up with
+            batch_size: int,  # prompts in a batch, at most
+            way: str,  # one of WAYS
+           ) -> list[np.ndarray]:  # n arrays of float64 log-likelihoods, one per answer
+    "Read prompts in batches, and put the scores back into order; ConfigurationError for an unknown way."
     import torch
     if way not in WAYS: raise ConfigurationError(f"no way {way!r}", where="way=", fix=f"use auto, {', '.join(WAYS)}")
     tries = {answers: build_trie(answers) for answers in {a.answers for a in asked}} if way == "tree" else {}
@@ -120,10 +133,10 @@ def run_way(module: Any, asked: Sequence[Asked], pad: int, batch_size: int, way:
 
 # %% ../../nbs/models/424_label_scoring.ipynb #divisor
 def name_lengths(normalize: str | bool,  # False, "length" (tokens) or "characters"
-                 asked: Asked,
+                 asked: Asked,  # one prompt with its K answers
                  names: Sequence[str],  # of its answers
                 ) -> np.ndarray:  # float64 [K], what to divide by
-    "Count by what the scores of answers are divided."
+    "Count by what the scores of answers are divided; ConfigurationError for an unknown normalize."
     kinds = {False: [1] * len(names), "length": [len(a) for a in asked.answers], "characters": [max(1, len(n)) for n in names]}
     if normalize not in kinds: raise ConfigurationError(f"no normalize={normalize!r}", fix="use False, 'length' or 'characters'")
     return np.array(kinds[normalize], float)
@@ -131,10 +144,12 @@ def name_lengths(normalize: str | bool,  # False, "length" (tokens) or "characte
 # %% ../../nbs/models/424_label_scoring.ipynb #prior
 CONTENT_FREE = ("N/A", "[MASK]", "...")  # texts that say nothing
 
-def content_free_prior(model: Model, module: Any, labels: Labels | Sequence[str],
-                       template: Template | str | Callable[[Mapping[str, Any]], Pieces] = "label-words",
+def content_free_prior(model: Model,  # whose tokenizer to use
+                       module: Any,  # a torch language model, from `build_causal`
+                       labels: Labels | Sequence[str],  # K class names
+                       template: Template | str | Callable[[Mapping[str, Any]], Pieces] = "label-words",  # of columns `text` and `label`
                        normalize: str | bool = False,  # as the scores that it will be taken off
-                       texts: Sequence[str] = CONTENT_FREE,
+                       texts: Sequence[str] = CONTENT_FREE,  # that stand in the place of the text
                       ) -> np.ndarray:  # log probabilities of the K names, float64 [K]
     "Ask a model which names it prefers when there is nothing to judge (Zhao et al. 2021, section 5)."
     scores = score_label_words(model, module, texts, labels, template, normalize)
@@ -151,7 +166,7 @@ def score_label_words(model: Model,  # whose tokenizer to use
                       batch_size: int = 8,  # prompts in a batch, at most
                       way: str = "auto",  # one of WAYS, or "auto" for the fastest that is right
                      ) -> np.ndarray:  # logits, float64 [n, K]
-    "Compute the log-likelihood of each class name behind each text."
+    "Compute the log-likelihood of each class name behind each text; ConfigurationError for unknown priors."
     names = list(labels)
     if not len(texts): return np.empty((0, len(names)))
     asked = ask_labels(texts, names, model.tokenizer, template)
@@ -162,8 +177,10 @@ def score_label_words(model: Model,  # whose tokenizer to use
     return scores - (content_free_prior(model, module, names, template, normalize) if isinstance(priors, str) else np.asarray(priors, float))
 
 # %% ../../nbs/models/424_label_scoring.ipynb #predictions
-def predict_label_words(model: Model, module: Any, split: Split,
-                        template: Template | str | Callable[[Mapping[str, Any]], Pieces] = "label-words",
+def predict_label_words(model: Model,  # whose tokenizer to use
+                        module: Any,  # a torch language model, from `build_causal`
+                        split: Split,  # n rows, whose labels are the K class names
+                        template: Template | str | Callable[[Mapping[str, Any]], Pieces] = "label-words",  # of columns `text` and `label`
                         normalize: str | bool = False, priors: str | np.ndarray | None = None, batch_size: int = 8,  # of `score_label_words`
                         source: str = "",  # fingerprint of the model, its name where not given
                         seen: Mapping[str, frozenset[str]] | None = None,  # stage -> ids of the rows that shaped the model

@@ -22,10 +22,13 @@ class Asked:
     answers: tuple[tuple[int, ...], ...]  # each of at least one token
 
     @property
-    def longest(self) -> int: return len(self.prompt) + max(map(len, self.answers))  # tokens of the prompt with its longest answer
+    def longest(self) -> int:
+        "Count the tokens of the prompt with its longest answer."
+        return len(self.prompt) + max(map(len, self.answers))
 
 # %% ../../nbs/models/421_label_tokens.ipynb #split
-def surroundings(tokenizer: Any) -> tuple[list[int], list[int], set[int]]:  # tokens before every text, tokens that close an answer, ids that stand for no text
+def surroundings(tokenizer: Any,  # of the model that will be asked
+                ) -> tuple[list[int], list[int], set[int]]:  # tokens before every text, tokens that close an answer, ids that stand for no text
     "Find what a tokenizer puts around texts and answers."
     return affixes(tokenizer)[0], [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], special_tokens(tokenizer)
 
@@ -33,7 +36,7 @@ def split_answer(made: Rendering,  # a prompt with one answer at its end
                  ids: Mapping[str, list[int]],  # tokens of its texts, from `tokenize`
                  tokenizer: Any, around: tuple[list[int], list[int], set[int]],  # of `surroundings`
                 ) -> tuple[tuple[int, ...], tuple[int, ...]]:  # (tokens of the prompt, tokens of the answer)
-    "Cut the tokens of a row where its last answer begins."
+    "Cut the tokens of a row where its last answer begins; ValueError where no cut is possible."
     first, end, special = around
     start = [] if made.whole else first
     before, whole = [*start, *ids[made.answers[-1][0]]], [*start, *ids[made.text], *(end if made.ends == "token" else ())]
@@ -48,7 +51,7 @@ def ask_row(made: Sequence[Rendering],  # of one row, one per answer
             ids: Mapping[str, list[int]],  # tokens of all texts
             tokenizer: Any, around: tuple[list[int], list[int], set[int]],  # of `surroundings`
            ) -> Asked:
-    "Cut one row."
+    "Cut one row; DataError where the prompt cannot be told from the answer."
     try: cuts = [split_answer(m, ids, tokenizer, around) for m in made]
     except ValueError as e:
         raise DataError(str(e), f"row {place}, prompt ending in {made[0].answers[-1][0][-20:]!r}", "end the prompt without a blank, and begin the answer with one") from None
@@ -60,7 +63,7 @@ def ask_rows(rows: Iterable[Sequence[Mapping[str, Any]]],  # per row: the column
              tokenizer: Any,  # of the model that will be asked
              template: Template | str | Callable[[Mapping[str, Any]], Pieces] = "label-words",  # or a name, or a function from a row to pieces
             ) -> list[Asked]:  # one per row
-    "Tokenise prompts, each with its answers."
+    "Tokenise prompts, each with its answers; DataError names the rows that cannot be rendered or cut."
     chosen, around = find_template(template), surroundings(tokenizer)
     out: list[Asked] = []
     for part in chunks(rows, 16):
@@ -70,7 +73,9 @@ def ask_rows(rows: Iterable[Sequence[Mapping[str, Any]]],  # per row: the column
         out += [ask_row(row, len(out) + i, ids, tokenizer, around) for i, row in enumerate(made)]
     return out
 
-def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def chunks(items: Iterable[Any],  # to deal, in their order; read as they are needed
+           size: int,  # items in a list, 1 or more; the last list may be shorter
+          ) -> Iterator[list[Any]]:
     "Deal items into lists."
     held: list[Any] = []
     for item in items:

@@ -43,7 +43,8 @@ def build_trie(answers: Sequence[Sequence[int]],  # K answers, each of at least 
                 array([k for k, _ in steps]), array([e for _, e in steps]), array([len(a) for a in answers]))
 
 # %% ../../nbs/models/422_label_trie.ipynb #sees
-def ancestors(trie: Trie) -> np.ndarray:  # bool [m, m], True where the row's node looks at the column's
+def ancestors(trie: Trie,  # of m nodes, from `build_trie`
+             ) -> np.ndarray:  # bool [m, m], True where the row's node looks at the column's
     "Find which nodes stand on the way from the prompt to each node, itself included."
     sees = np.eye(len(trie), dtype=bool)
     for i, p in enumerate(trie.parent):  # parents come first

@@ -28,7 +28,7 @@ from .patience import ask_hub
 # %% ../../nbs/models/400_loading.ipynb #locate
 def locate(name: str | Path,  # "pocket", a folder, or a hub id
           ) -> str:  # what transformers can load: a folder or a hub id
-    "Find what a model name points to."
+    "Find what a model name points to; ModelError for a folder that is not there."
     if str(name) == "pocket":
         return str(files("fine_tune_llm") / "models" / "pocket")
     if Path(name).is_dir():
@@ -109,7 +109,7 @@ def refuse_misfit(config: Any,  # transformers' PretrainedConfig
                   task: str,  # one of TASKS
                   name: str,  # of the model, for the message
                  ) -> None:
-    "Refuse a task that the network of a model cannot do."
+    "Refuse a task that the network of a model cannot do (ModelError)."
     from transformers.models.auto import modeling_auto as auto
     kind = config.model_type
     if getattr(config, "auto_map", None): return  # its own code knows
@@ -130,7 +130,7 @@ def load_model(name: str | Path,  # "pocket", a folder, or a hub id
                attention: str | None = None,  # "sdpa", "eager", "flash_attention_2", ... or None to choose
                checkpointing: bool | str = False,  # True, False or "auto"
               ) -> Model:
-    "Read a model's configuration and tokenizer, and plan where it runs."
+    "Read a model's configuration and tokenizer, and plan where it runs; ModelError for what cannot be found, read or done."
     wait_politely()
     from transformers import AutoConfig, AutoTokenizer
     if task not in TASKS: raise ModelError(f"no task {task!r}", fix=f"pass one of {', '.join(TASKS)}")
@@ -147,7 +147,8 @@ def load_model(name: str | Path,  # "pocket", a folder, or a hub id
     return Model(str(name), path, task, tokenizer, config, plan.device, plan.dtype, quantize, trust_remote_code, attention, checkpointing, plan)
 
 # %% ../../nbs/models/400_loading.ipynb #quantization
-def quantization(model: Model) -> Any:  # transformers' BitsAndBytesConfig
+def quantization(model: Model,  # with quantize "int8" or "nf4"
+                ) -> Any:  # transformers' BitsAndBytesConfig
     "Translate `quantize` for bitsandbytes."
     import torch
     from transformers import BitsAndBytesConfig
@@ -182,7 +183,7 @@ def keep_layout(module: Any,  # transformers' PreTrainedModel
 def refuse_holes(name: str,  # of the model
                  missing: Collection[str],  # names of weights that the file lacks
                 ) -> None:
-    "Refuse a file that lacks weights of the layers."
+    "Refuse a file that lacks weights of the layers (ModelError)."
     holes = sorted(n for n in missing if re.search(r"\.\d+\.", n))
     if holes:
         raise ModelError(f"the weights of {name!r} lack {len(holes)} of the layers' tensors, the first {holes[0]!r}",
@@ -215,7 +216,7 @@ def read_weights(model: Model,  # what to load
 # %% ../../nbs/models/400_loading.ipynb #checkpointing
 def save_activations(module: Any,  # transformers' PreTrainedModel
                     ) -> None:
-    "Let each block compute its activations again on the way back."
+    "Let each block compute its activations again on the way back; ModelError for a network that cannot."
     enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable  # its name before 5.23
     try:
         with quiet(): enable({"use_reentrant": False})
@@ -240,7 +241,8 @@ def build_causal(model: Model,  # what to load
     return read_weights(model, AutoModelForCausalLM)
 
 # %% ../../nbs/models/400_loading.ipynb #weights
-def weights_fingerprint(model: Model) -> str:  # 16 hex digits of a sha256, or a hub commit
+def weights_fingerprint(model: Model,  # from `load_model`
+                       ) -> str:  # 16 hex digits of a sha256, or a hub commit
     "Name the base weights by their content."
     if not Path(model.path).is_dir():
         from huggingface_hub import try_to_load_from_cache

@@ -40,31 +40,34 @@ from ..uncertainty.predictions import Predictions, log_softmax_rows, refuse_over
 # %% ../../nbs/models/432_merging.ipynb #fresh
 WEIGHTS = ("dequantized", "original", "quantized")
 
-def build_task(model: Model, labels: Labels | None) -> Any:  # transformers' PreTrainedModel
-    "Read the weights for the task of a model."
+def build_task(model: Model,  # from `load_model`
+               labels: Labels | None,  # of a classifier; None for a language model
+              ) -> Any:  # transformers' PreTrainedModel
+    "Read the weights for the task of a model; ConfigurationError for a classifier without labels."
     if model.task != "classification": return build_causal(model)
     if labels is None: raise ConfigurationError("a classifier needs its labels", where="labels", fix="give labels=, or a probe that is a Split")
     return build_classifier(model, labels)
 
 # %% ../../nbs/models/432_merging.ipynb #base-to-merge
-def base_to_merge(model: Model, labels: Labels | None,
+def base_to_merge(model: Model,  # from `load_model`
+                  labels: Labels | None,  # of a classifier; None for a language model
                   weights: str,  # one of WEIGHTS
                  ) -> Any:  # transformers' PreTrainedModel
-    "Read the weights that the adapter will be added to."
+    "Read the weights that the adapter will be added to; ConfigurationError for unknown weights."
     if weights not in WEIGHTS: raise ConfigurationError(f"no weights {weights!r}", where="weights", fix=f"use one of {', '.join(WEIGHTS)}")
     if not model.quantize or weights == "quantized": return build_task(model, labels)
     if weights == "original": return build_task(replace(model, quantize=None), labels)
     with quiet(): return build_task(model, labels).dequantize()
 
 # %% ../../nbs/models/432_merging.ipynb #write
-def write_merged(model: Model,
+def write_merged(model: Model,  # that the adapter was trained on
                  adapter: Path,  # folder that `save_adapter` wrote
                  draft: Path,  # folder to write
                  labels: Labels | None,  # of a classifier
                  dtype: str | None,  # of the file; None: that of the model
                  weights: str,  # one of WEIGHTS
                 ) -> None:
-    "Add an adapter to its base and save the sum."
+    "Add an adapter to its base and save the sum; ConfigurationError for an unknown dtype."
     import torch
     module = merge_adapter(load_adapter(base_to_merge(model, labels, weights), adapter), into_quantized=weights == "quantized")
     kind = getattr(torch, dtype or model.dtype, None)
@@ -75,8 +78,10 @@ def write_merged(model: Model,
         model.tokenizer.save_pretrained(draft)
 
 # %% ../../nbs/models/432_merging.ipynb #probe
-def probe_rows(probe: Split | Sequence[str], calibrator: Any, sets: Any) -> tuple[list[str], np.ndarray, np.ndarray | None]:  # (texts, ids, true classes)
-    "Take a probe apart, and refuse rows that the promises were fitted to."
+def probe_rows(probe: Split | Sequence[str],  # texts to compare on; as a Split with true classes
+               calibrator: Any, sets: Any,  # fitted; they name the rows they used; or None
+              ) -> tuple[list[str], np.ndarray, np.ndarray | None]:  # (texts, ids, true classes)
+    "Take a probe apart, and refuse rows that the promises were fitted to; DataError where there are none, or what is no text."
     texts = list(probe.texts if isinstance(probe, Split) else probe)
     if not texts: raise DataError("the probe has no rows", where="probe", fix="give at least one text")
     if bad := [t for t in texts if not isinstance(t, str) or not t]: raise DataError(f"{bad[0]!r} is no text", where="probe")
@@ -86,8 +91,12 @@ def probe_rows(probe: Split | Sequence[str], calibrator: Any, sets: Any) -> tupl
     return texts, ids, probe.y if isinstance(probe, Split) else None
 
 # %% ../../nbs/models/432_merging.ipynb #same-tokens
-def same_tokens(before: Model, after: Model, texts: Sequence[str], max_length: int | None) -> None:
-    "Refuse a saved tokenizer that cuts texts in another way."
+def same_tokens(before: Model,  # model with the tokenizer of the training
+                after: Model,  # model as it was read back from the folder
+                texts: Sequence[str],  # of the probe
+                max_length: int | None,  # tokens of a text, the model's limit where not given
+               ) -> None:
+    "Refuse a saved tokenizer that cuts texts in another way (ModelError)."
     a, b = (encode(m, texts, max_length)[0] for m in (before, after))
     if odd := [i for i, (x, y) in enumerate(zip(a, b)) if list(x) != list(y)]:
         raise ModelError(f"the saved tokenizer gives other tokens for {len(odd)} of {len(texts)} texts", where=f"text {odd[0]}", fix="save the tokenizer with the same version of transformers")
@@ -96,12 +105,15 @@ def same_tokens(before: Model, after: Model, texts: Sequence[str], max_length: i
 @dataclass(frozen=True, eq=False)
 class NextTokens:
     "Hold what two language models say about the next tokens of texts."
-    shift: Shift
+    shift: Shift  # what moved, one row per next token
     before: tuple[Metric, ...]  # accuracy, NLL, ECE
     after: tuple[Metric, ...]  # accuracy, NLL, ECE
 
 # %% ../../nbs/models/432_merging.ipynb #next-logits
-def next_logits(module: Any, ids: Sequence[int], bare: bool = False) -> np.ndarray:  # float32, shape [len(ids) - 1, V]
+def next_logits(module: Any,  # a torch language model, in evaluation mode
+                ids: Sequence[int],  # token ids of the text, two or more
+                bare: bool = False,  # leave the adapter out
+               ) -> np.ndarray:  # float32, shape [len(ids) - 1, V]
     "Compute the logits of each next token of one text."
     import contextlib
 
@@ -111,19 +123,26 @@ def next_logits(module: Any, ids: Sequence[int], bare: bool = False) -> np.ndarr
         return module(input_ids=torch.tensor([list(ids)], device=module.device), use_cache=False).logits[0, :-1].float().cpu().numpy()
 
 # %% ../../nbs/models/432_merging.ipynb #token-scores
-def token_scores(logits: np.ndarray, truth: np.ndarray) -> np.ndarray:  # right, NLL, confidence: shape [3, n]
+def token_scores(logits: np.ndarray,  # of n next tokens, shape [n, V]
+                 truth: np.ndarray,  # ids of the tokens that came, shape [n]
+                ) -> np.ndarray:  # right, NLL, confidence: shape [3, n]
     "Judge next tokens."
     logp = log_softmax_rows(logits)
     return np.array([logp.argmax(axis=1) == truth, -logp[np.arange(len(truth)), truth], np.exp(logp.max(axis=1))])
 
-def token_metrics(scores: np.ndarray) -> tuple[Metric, ...]:
+def token_metrics(scores: np.ndarray,  # from `token_scores`, shape [3, n]
+                 ) -> tuple[Metric, ...]:  # accuracy, NLL and ECE
     "Make metrics of judged next tokens."
     hit, every = scores[0] > 0, np.ones(scores.shape[1], dtype=bool)
     return Metric("accuracy", hit, every), Metric("NLL", scores[1], every), Metric("ECE", hit, every, np.clip(scores[2], 0, 1))
 
 # %% ../../nbs/models/432_merging.ipynb #compare-tokens
-def token_chunks(before: Any, after: Any, ids: Sequence[Sequence[int]], step: int = 256) -> Iterator[tuple[Shift, np.ndarray, np.ndarray]]:
-    "Put texts through two language models, some positions at a time."
+def token_chunks(before: Any,  # torch model with its adapter
+                 after: Any,  # merged torch model
+                 ids: Sequence[Sequence[int]],  # token ids of each text; texts of one token are left out
+                 step: int = 256,  # positions at a time, which bounds the memory
+                ) -> Iterator[tuple[Shift, np.ndarray, np.ndarray]]:  # what moved, scores before, scores after: of at most `step` tokens
+    "Put texts through two language models, some positions at a time; ModelError for vocabularies of two sizes."
     for i, row in enumerate(ids):
         if len(row) < 2: continue
         a, b = next_logits(before, row), next_logits(after, row)
@@ -138,7 +157,7 @@ def token_chunks(before: Any, after: Any, ids: Sequence[Sequence[int]], step: in
 def compare_tokens(before: Any, after: Any,  # torch modules
                    ids: Sequence[Sequence[int]],  # token ids of each text
                   ) -> NextTokens:
-    "Compare two language models on texts."
+    "Compare two language models on texts; DataError where no text has two tokens."
     parts = list(token_chunks(before, after, ids))
     if not parts: raise DataError("no text of the probe has two tokens", where="probe", fix="give longer texts")
     joined = {name: np.concatenate([getattr(s, name) for s, _, _ in parts]) for name in vars(parts[0][0])}
@@ -146,19 +165,25 @@ def compare_tokens(before: Any, after: Any,  # torch modules
     return NextTokens(Shift(**joined), token_metrics(a), token_metrics(b))
 
 # %% ../../nbs/models/432_merging.ipynb #saved-dtype
-def saved_dtype(folder: Path, otherwise: str) -> str:  # such as "bfloat16"
+def saved_dtype(folder: Path,  # with a config.json
+                otherwise: str,  # what holds where the file says nothing
+               ) -> str:  # such as "bfloat16"
     "Read in which precision a folder was saved, and will be served."
     held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return str(held.get("dtype") or held.get("torch_dtype") or otherwise)
 
 # %% ../../nbs/models/432_merging.ipynb #bare
-def bare_logits(model: Model, module: Any, texts: Sequence[str], max_length: int | None) -> np.ndarray | None:  # [n, K]; None without an adapter
+def bare_logits(model: Model,  # whose tokenizer to use
+                module: Any,  # a torch classifier with its adapter
+                texts: Sequence[str],  # n texts
+                max_length: int | None,  # tokens of a text, the model's limit where not given
+               ) -> np.ndarray | None:  # [n, K]; None without an adapter
     "Compute the logits of the base without its adapter."
     if not hasattr(module, "disable_adapter"): return None
     with module.disable_adapter(): return score_texts(model, module, texts, max_length=max_length)
 
 # %% ../../nbs/models/432_merging.ipynb #certify
-def certify_merge(model: Model,
+def certify_merge(model: Model,  # that the adapter was trained on
                   module: Any,  # the torch model with its adapter, as it was tested
                   folder: str | Path,  # with the merged model
                   probe: Split | Sequence[str],  # texts; with true classes, calibration is judged too
@@ -166,10 +191,10 @@ def certify_merge(model: Model,
                   calibrator: Any = None,  # fitted, as it is in use
                   sets: Any = None,  # a fitted ConformalClassifier, as it is in use
                   max_length: int | None = None,  # tokens of a text, the model's limit where not given
-                  tolerance: Tolerance = STANDARD,
-                  notes: Sequence[str] = (),
+                  tolerance: Tolerance = STANDARD,  # what counts as the same, stated beforehand
+                  notes: Sequence[str] = (),  # what else a reader should know, one sentence each
                  ) -> MergeCertificate:
-    "Compare a merged folder with the model that it was made from."
+    "Compare a merged folder with the model that it was made from; ConfigurationError for calibrators of a language model."
     texts, ids, y = probe_rows(probe, calibrator, sets)
     labels = labels or (probe.labels if isinstance(probe, Split) else None)
     saved = load_model(folder, model.task, device=model.device, dtype=saved_dtype(Path(folder), model.dtype))
@@ -188,17 +213,17 @@ def certify_merge(model: Model,
 @dataclass(frozen=True, eq=False)
 class Source:
     "Hold what a merge is made from."
-    model: Model
-    adapter: Path
-    labels: Labels | None = None
+    model: Model  # that the adapter was trained on
+    adapter: Path  # folder that `save_adapter` wrote
+    labels: Labels | None = None  # of a classifier; None: those of the probe
     max_length: int | None = None  # tokens of a text
 
 # %% ../../nbs/models/432_merging.ipynb #source-of
 def source_of(made: Any,  # a finished run, or a Model
               adapter: str | Path | None,  # its folder; None: that of the run
-              labels: Labels | None,
+              labels: Labels | None,  # of a classifier; None: those of the run
              ) -> Source:
-    "Find model, adapter, labels and length."
+    "Find model, adapter, labels and length; InferenceError for a run that has not finished, ConfigurationError without an adapter."
     if isinstance(made, Model):
         if adapter is None: raise ConfigurationError("no adapter to merge", where="adapter", fix="give the folder of one, or a finished run")
         return Source(made, Path(adapter), labels)
@@ -221,9 +246,9 @@ def merge(made: Any,  # a finished run, or a Model
           sets: Any = None,  # a fitted ConformalClassifier, as it is in use
           dtype: str | None = None,  # of the file: "float32", "bfloat16" or "float16"; None: that of the model
           weights: str = "dequantized",  # of a quantized base: one of WEIGHTS
-          tolerance: Tolerance = STANDARD,
+          tolerance: Tolerance = STANDARD,  # what counts as the same, stated beforehand
          ) -> MergeCertificate:
-    "Merge an adapter into its model, and certify the folder that was written."
+    "Merge an adapter into its model, and certify the folder that was written; InferenceError where the folder exists."
     src, out = source_of(made, adapter, labels), Path(out)
     names = src.labels or (probe.labels if isinstance(probe, Split) else None)
     probe_rows(probe, calibrator, sets)

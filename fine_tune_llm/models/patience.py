@@ -19,7 +19,8 @@ from ..core.errors import ModelError
 # %% ../../nbs/models/398_patience.ipynb #passing
 PASSING = (408, 429, 500, 502, 503, 504)  # answers that may be others a second later
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:  # the error, what caused it, and so on
+def causes(error: BaseException | None,  # that was caught, or None
+          ) -> Iterator[BaseException]:  # the error, what caused it, and so on
     "Walk along a chain of errors."
     while error is not None:
         yield error
@@ -58,7 +59,9 @@ class Breaker:
         "Say how long it stays open."
         return max(0.0, self.since + self.rest - self.clock()) if self.failures >= self.limit else 0.0
 
-    def note(self, ok: bool) -> None:  # how the request went
+    def note(self,
+             ok: bool,  # how the request went
+            ) -> None:
         "Take up the outcome of a request."
         self.failures, self.since = (0, 0.0) if ok else (self.failures + 1, self.clock())
 
@@ -74,7 +77,7 @@ def ask_again(ask: Callable[[], T],  # the request
               breaker: Breaker,  # of the server
               passes: Callable[[BaseException], bool] = is_passing,  # whether a failure may pass
               pauses: list[float] | None = None,  # seconds between requests, those of `waits` where not given
-              sleep: Callable[[float], object] = time.sleep,
+              sleep: Callable[[float], object] = time.sleep,  # gets the seconds to wait; a test passes its own
              ) -> T:  # what the request gave
     "Make a request, and repeat it while its failures pass."
     for pause in [*(waits() if pauses is None else pauses), None]:
@@ -92,14 +95,15 @@ def ask_again(ask: Callable[[], T],  # the request
 
 # %% ../../nbs/models/398_patience.ipynb #hub
 @cache
-def hub_breaker(address: str) -> Breaker:  # the same for the same address
+def hub_breaker(address: str,  # of the hub
+               ) -> Breaker:  # the same for the same address
     "Give the breaker of a hub."
     return Breaker()
 
 def ask_hub(path: str,  # a folder or a hub id
             ask: Callable[..., T],  # a request that takes keywords for `from_pretrained`
            ) -> T:  # what it gave
-    "Read from a folder once, or from the hub with patience."
+    "Read from a folder once, or from the hub with patience; ModelError where hub and cache have nothing."
     if Path(path).is_dir(): return ask()
     from huggingface_hub.constants import ENDPOINT
     breaker = hub_breaker(ENDPOINT)

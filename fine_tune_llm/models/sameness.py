@@ -46,7 +46,8 @@ class Shift:
     def __len__(self) -> int: return len(self.delta)
 
 # %% ../../nbs/models/430_sameness.ipynb #centred
-def centred(logits: np.ndarray) -> np.ndarray:
+def centred(logits: np.ndarray,  # shape [n, K]
+           ) -> np.ndarray:  # shape [n, K], each row with mean 0
     "Take the mean over the classes out of each row."
     return logits - logits.mean(axis=1, keepdims=True)
 
@@ -56,7 +57,7 @@ def logit_shift(before: np.ndarray,  # logits, shape [n, K]
                 bare: np.ndarray | None = None,  # logits of the base without its adapter, shape [n, K]
                 text: np.ndarray | None = None,  # number of each row's text, shape [n]; None: a text a row
                ) -> Shift:
-    "Measure what moved between two models."
+    "Measure what moved between two models; DataError for other rows, ModelError for logits that are not finite."
     if before.shape != after.shape: raise DataError(f"logits of shape {before.shape} before and {after.shape} after", fix="give the same rows and classes")
     if not (np.isfinite(before).all() and np.isfinite(after).all()): raise ModelError("logits that are not finite", fix="merge in float32 or bfloat16")
     b, a = before.astype(np.float64), after.astype(np.float64)
@@ -68,10 +69,10 @@ def logit_shift(before: np.ndarray,  # logits, shape [n, K]
                  along, none if added is None else np.einsum("ij,ij->i", added, added), np.arange(len(b)) if text is None else text)
 
 # %% ../../nbs/models/430_sameness.ipynb #share
-def adapter_share(shift: Shift,
+def adapter_share(shift: Shift,  # with `along` and `size` from a bare base
                   level: float = 0.95,  # confidence of the interval
                  ) -> Estimate:  # 1: all of the adapter arrived; NaN where it adds nothing or the bare base is unknown
-    "Estimate how much of the adapter a merge holds."
+    "Estimate how much of the adapter a merge holds (a ratio estimator, Cochran 1977, chapter 6)."
     a, s = (np.bincount(shift.text, w) for w in (shift.along, shift.size))
     rows = np.bincount(shift.text) > 0
     a, s, n, total = a[rows], s[rows], int(rows.sum()), float(shift.size.sum())
@@ -82,16 +83,24 @@ def adapter_share(shift: Shift,
     return Estimate(value, value - half, value + half, n, "share of the adapter", "ratio of sums", level)
 
 # %% ../../nbs/models/430_sameness.ipynb #tokens
-def worth_of(m: Metric, text: np.ndarray) -> np.ndarray:  # independent rows, shape [1]
+def worth_of(m: Metric,  # one value per token
+             text: np.ndarray,  # number of each token's text, shape [n]
+            ) -> np.ndarray:  # independent rows, shape [1]
     "Count the independent rows of a metric of tokens."
     return clustered(m, np.zeros(len(text), dtype=np.int64), 1, text)[0]
 
-def token_ends(m: Metric, text: np.ndarray, level: float) -> tuple[Ends, Ends]:  # to show, to compare
+def token_ends(m: Metric,  # one value per token
+               text: np.ndarray,  # number of each token's text, shape [n]
+               level: float,  # confidence of the intervals
+              ) -> tuple[Ends, Ends]:  # to show, to compare
     "Estimate a metric of tokens."
     return ends_of(Tally(tally(m, np.zeros(len(text), dtype=np.int64), 1).sums, worth_of(m, text)), m.kind, level)
 
 # %% ../../nbs/models/430_sameness.ipynb #token-gap
-def token_gap(a: Metric, b: Metric, text: np.ndarray, level: float) -> Estimate:  # second minus first
+def token_gap(a: Metric, b: Metric,  # the same metric of two models, on the same tokens
+              text: np.ndarray,  # number of each token's text, shape [n]
+              level: float,  # confidence of the interval
+             ) -> Estimate:  # second minus first
     "Bound the difference of a metric of tokens between two models."
     if a.kind == "calibration error":
         (_, x), (_, y) = token_ends(a, text, level), token_ends(b, text, level)
@@ -116,7 +125,8 @@ def token_rows(before: Sequence[Metric], after: Sequence[Metric],  # the same me
     return tuple(rows)
 
 # %% ../../nbs/models/430_sameness.ipynb #text-rows
-def text_rows(before: Predictions, after: Predictions,
+def text_rows(before: Predictions,  # of the tested model, with true classes
+              after: Predictions,  # of the merged model, the same rows
               calibrator: Any = None,  # fitted, as it is in use
               sets: Any = None,  # a fitted ConformalClassifier, as it is in use
              ) -> tuple[ComparisonRow, ...]:  # none where the truth is unknown
@@ -140,18 +150,24 @@ class Tolerance:
 STANDARD = Tolerance()
 
 # %% ../../nbs/models/430_sameness.ipynb #told
-def told(e: Estimate,
+def told(e: Estimate,  # a number with its interval
          digits: int = 3,  # after the point
-        ) -> str:
+        ) -> str:  # such as "0.950 [0.900, 0.980]"
     "Write an estimate with its interval."
     return f"{e.value:.{digits}f} [{e.low:.{digits}f}, {e.high:.{digits}f}]"
 
-def gaps_of(rows: Sequence[ComparisonRow]) -> dict[str, Estimate]:  # metric -> merged minus adapter
+def gaps_of(rows: Sequence[ComparisonRow],  # from `compare` or `token_rows`
+           ) -> dict[str, Estimate]:  # metric -> merged minus adapter
     "Collect the differences of a comparison."
     return {r.metric: r.gap for r in rows if r.gap is not None}
 
 # %% ../../nbs/models/430_sameness.ipynb #why-refused
-def why_refused(agreement: Estimate, kl: Estimate, share: Estimate, rows: Sequence[ComparisonRow], tol: Tolerance) -> list[str]:
+def why_refused(agreement: Estimate,  # share of rows with the same answer
+                kl: Estimate,  # mean divergence, in nats
+                share: Estimate,  # how much of the adapter arrived, from `adapter_share`
+                rows: Sequence[ComparisonRow],  # before and after, where the truth is known
+                tol: Tolerance,  # what counts as the same
+               ) -> list[str]:  # one reason each; none: not refused
     "Say what shows that this is another model."
     accuracy = gaps_of(rows).get("accuracy")
     found = {f"only {told(agreement)} of the answers agree": agreement.high < tol.agreement, f"the mean divergence is {told(kl)} nats": kl.low > tol.kl,
@@ -160,7 +176,11 @@ def why_refused(agreement: Estimate, kl: Estimate, share: Estimate, rows: Sequen
     return [why for why, so in found.items() if so]
 
 # %% ../../nbs/models/430_sameness.ipynb #why-open
-def why_open(agreement: Estimate, delta: float, rows: Sequence[ComparisonRow], tol: Tolerance) -> list[str]:
+def why_open(agreement: Estimate,  # share of rows with the same answer
+             delta: float,  # largest absolute difference of two logits
+             rows: Sequence[ComparisonRow],  # before and after; none where the truth is unknown
+             tol: Tolerance,  # what counts as the same
+            ) -> list[str]:  # one reason each; none: shown to be the same
     "Say what has not been shown to be the same."
     if delta <= tol.logits: return []
     moved, gaps = f"logits moved by up to {delta:.2g}", gaps_of(rows)
@@ -181,48 +201,67 @@ class MergeCertificate:
     agreement: Estimate  # share of rows with the same answer
     share: Estimate  # how much of the adapter arrived, 1: all
     rows: tuple[ComparisonRow, ...] = ()  # before and after, where the truth is known
-    tolerance: Tolerance = STANDARD
+    tolerance: Tolerance = STANDARD  # that was stated before the numbers were seen
     trust: tuple[str, ...] = ()  # digests of the calibrator and the sets that were fitted to the model before
     notes: tuple[str, ...] = ()  # what else a reader should know
 
     def to_frame(self) -> pd.DataFrame:
         "Lay out metric, group, system, estimate, low, high, n, gap, gap_low, gap_high, p, verdict."
         return certificate_frame(self)
-    def to_dict(self) -> dict[str, Any]: return certificate_dict(self)
-    def save(self, path: str | Path) -> None: save_json(path, self.to_dict())
-    def to_markdown(self) -> str: return "\n".join([f"{self.title}.", "", *(f"- {line}" for line in (*self.reasons, *self.notes)), "", markdown_table(self.to_frame())])
+    def to_dict(self) -> dict[str, Any]:
+        "Give the certificate as plain values for JSON."
+        return certificate_dict(self)
+    def save(self,
+             path: str | Path,  # file to write; one that is there is replaced
+            ) -> None:
+        "Write the certificate as JSON, which `read_certificate` reads."
+        save_json(path, self.to_dict())
+    def to_markdown(self) -> str:
+        "Write the title, the reasons and the numbers as Markdown."
+        return "\n".join([f"{self.title}.", "", *(f"- {line}" for line in (*self.reasons, *self.notes)), "", markdown_table(self.to_frame())])
 
     @property
-    def title(self) -> str: return f"Merged model: {self.verdict}, from {self.n} {self.unit}s; logits moved by at most {self.delta:.2g}"
+    def title(self) -> str:
+        "State the verdict, the rows and the largest move in one line."
+        return f"Merged model: {self.verdict}, from {self.n} {self.unit}s; logits moved by at most {self.delta:.2g}"
     def __str__(self) -> str: return "\n".join([self.title, *(f"  {line}" for line in (*self.reasons, *self.notes)), self.to_frame().round(4).to_string(index=False)])
     def _repr_html_(self) -> str:
         lines = "".join(f"<li>{escape(line)}</li>" for line in (*self.reasons, *self.notes, f"tolerance: {self.tolerance}"))
         return styled(f"<b>{escape(self.title)}</b><ul>{lines}</ul>{html_table(self.to_frame())}")
 
 # %% ../../nbs/models/430_sameness.ipynb #certificate-parts
-def certificate_frame(c: MergeCertificate) -> pd.DataFrame:
+def certificate_frame(c: MergeCertificate,  # of a merge
+                     ) -> pd.DataFrame:  # columns as in `MergeCertificate.to_frame`
     "Lay out a certificate in the columns of a comparison."
     lone = [ComparisonRow(e.name, "(all)", "merged", e) for e in (c.agreement, c.kl, c.share)]
     return comparison_frame([*lone, *c.rows])
 
-def certificate_dict(c: MergeCertificate) -> dict[str, Any]:  # what JSON can hold
+def certificate_dict(c: MergeCertificate,  # of a merge
+                    ) -> dict[str, Any]:  # what JSON can hold
     "Give a certificate as plain values; a number that does not exist is None."
     records = [{str(k): None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()} for row in certificate_frame(c).to_dict("records")]
     return {"kind": "merge certificate", "version": 1, "verdict": c.verdict, "reasons": list(c.reasons), "unit": c.unit, "n": c.n,
             "largest logit difference": c.delta, "numbers": records, "tolerance": asdict(c.tolerance), "trust": list(c.trust), "notes": list(c.notes)}
 
 # %% ../../nbs/models/430_sameness.ipynb #certify
-def digest_of(part: Any) -> str:  # 16 hex digits
+def digest_of(part: Any,  # with `to_dict`
+             ) -> str:  # 16 hex digits
     "Name a fitted calibrator or conformal classifier by its content."
     return sha256(json.dumps(part.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
-def mean_by_text(values: np.ndarray, text: np.ndarray, name: str, level: float) -> Estimate:
+def mean_by_text(values: np.ndarray,  # one per row, shape [n]
+                 text: np.ndarray,  # number of each row's text, shape [n]
+                 name: str,  # of the estimate
+                 level: float,  # confidence of the interval
+                ) -> Estimate:
     "Estimate a mean over rows that belong to texts."
     e = token_ends(Metric(name, values, np.ones(len(values), dtype=bool)), text, level)[0]
     return Estimate(float(e.value[0]), float(e.low[0]), float(e.high[0]), len(values), name, "Student t over texts", level)
 
 # %% ../../nbs/models/430_sameness.ipynb #agreement-of
-def agreement_of(shift: Shift, level: float) -> Estimate:
+def agreement_of(shift: Shift,  # of which `agree` and `text` are read
+                 level: float,  # confidence of the interval
+                ) -> Estimate:
     "Estimate the share of equal answers with Clopper and Pearson's interval."
     n, k = len(shift), int(shift.agree.sum())
     rows = float(worth_of(Metric("", shift.agree, np.ones(n, dtype=bool)), shift.text)[0]) if len(np.unique(shift.text)) < n else n
@@ -230,14 +269,14 @@ def agreement_of(shift: Shift, level: float) -> Estimate:
     return Estimate(k / n, float(e.low[0]), float(e.high[0]), n, "top-1 agreement", "Clopper-Pearson", level)
 
 # %% ../../nbs/models/430_sameness.ipynb #certify-def
-def certify(shift: Shift,
+def certify(shift: Shift,  # from `logit_shift`, at least one row
             rows: Sequence[ComparisonRow] = (),  # before and after, where the truth is known
-            tolerance: Tolerance = STANDARD,
+            tolerance: Tolerance = STANDARD,  # what counts as the same, stated beforehand
             trust: Sequence[Any] = (),  # the calibrator and the sets that were fitted to the model before
             unit: str = "text",  # what a row is: "text" or "token"
-            notes: Sequence[str] = (),
+            notes: Sequence[str] = (),  # what else a reader should know, one sentence each
            ) -> MergeCertificate:
-    "Judge two models that should be one."
+    "Judge two models that should be one; DataError without rows."
     if not len(shift): raise DataError("the probe has no rows", fix="give at least one text")
     delta, agreement, share = float(shift.delta.max()), agreement_of(shift, 0.95), adapter_share(shift)
     kl = mean_by_text(shift.kl, shift.text, "mean KL", 0.95)
@@ -248,10 +287,10 @@ def certify(shift: Shift,
                             tuple(digest_of(p) for p in trust if p is not None), tuple(notes))
 
 # %% ../../nbs/models/430_sameness.ipynb #demand
-def refuse_old_trust(certificate: MergeCertificate,
+def refuse_old_trust(certificate: MergeCertificate,  # of the merge, or read with `read_certificate`
                      *parts: Any,  # the fitted calibrator and sets that shall go with the merged model
                     ) -> None:
-    "Refuse to ship a merged model with promises that were made for another."
+    "Refuse to ship a merged model with promises that were made for another (ModelError)."
     if certificate.verdict == "refuse": raise ModelError(f"the merged model is another model: {'; '.join(certificate.reasons)}", fix="merge again, or ship the adapter")
     if certificate.verdict == "same": return
     if not certificate.trust: raise ModelError("nobody knows which calibrator belongs to the model before", fix="give calibrator= and sets= to merge")
@@ -262,7 +301,7 @@ def refuse_old_trust(certificate: MergeCertificate,
 # %% ../../nbs/models/430_sameness.ipynb #read
 def read_certificate(path: str | Path,  # file that `MergeCertificate.save` wrote
                     ) -> Any:  # with verdict, reasons and trust: what `refuse_old_trust` asks for
-    "Read the judgement of a certificate."
+    "Read the judgement of a certificate; ModelError for another kind of file."
     held = json.loads(Path(path).read_text(encoding="utf-8"))
     if held.get("kind") != "merge certificate": raise ModelError("this is no merge certificate", where=str(path), fix="write it with merge(...)")
     return SimpleNamespace(verdict=held["verdict"], reasons=tuple(held["reasons"]), trust=tuple(held["trust"]))

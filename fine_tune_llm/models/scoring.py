@@ -51,7 +51,7 @@ def score_texts(model: Model,  # whose tokenizer and device to use
                 batch_size: int = 64,  # texts in a batch, at most
                 max_length: int | None = None,  # tokens at most
                ) -> np.ndarray:  # float32 logits, shape [n, K]
-    "Compute the logits of each text."
+    "Compute the logits of each text; InferenceError for logits that are not finite."
     import torch
     ids, _ = encode(model, texts, max_length)
     out = np.empty((len(ids), module.config.num_labels), np.float32)

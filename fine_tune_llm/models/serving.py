@@ -23,13 +23,15 @@ from ..data.templates import PLAIN, Template, gaps
 from .loading import quiet
 
 # %% ../../nbs/models/434_serving.ipynb #jinja
-def literal(text: str) -> str:
+def literal(text: str,  # that must come out of Jinja unchanged
+           ) -> str:  # a Jinja expression; "" for no text
     "Write a text into a Jinja template."
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
 
 # %% ../../nbs/models/434_serving.ipynb #one-turn
-def one_turn(pattern: str) -> str:  # Jinja
-    "Turn a prompt with one gap into a chat template."
+def one_turn(pattern: str,  # of a prompt, with one {column} in it; two braces stand for one
+            ) -> str:  # Jinja
+    "Turn a prompt with one gap into a chat template; ConfigurationError for more or fewer gaps."
     names = gaps(pattern)
     if len(names) != 1 or pattern.count("{" + names[0] + "}") != 1: raise ConfigurationError(f"a prompt of {len(names)} columns is no conversation", where=repr(pattern[:60]),
                                                  fix="send whole prompts to the completions endpoint, or train with one column")
@@ -37,10 +39,10 @@ def one_turn(pattern: str) -> str:  # Jinja
     return literal(before) + "{{ messages[-1]['content'] }}" + literal(after)
 
 # %% ../../nbs/models/434_serving.ipynb #chat-jinja
-def chat_jinja(template: Template,
+def chat_jinja(template: Template,  # of the training: chat, completion or instruction
                tokenizer: Any,  # that the model was trained with
               ) -> str:  # a Jinja chat template
-    "Write a template in the form that servers read."
+    "Write a template in the form that servers read; ConfigurationError for a template that is no conversation."
     recipe = dict(template.recipe)
     first = "".join(tokenizer.convert_ids_to_tokens(affixes(tokenizer)[0]))
     if template.name == "chat":
@@ -53,7 +55,8 @@ def chat_jinja(template: Template,
     raise ConfigurationError(f"no chat template can be written for {template.name!r}", fix="use chat, completion or instruction, or serve whole prompts")
 
 # %% ../../nbs/models/434_serving.ipynb #both
-def trained_prompt(template: Template, row: Mapping[str, Any],
+def trained_prompt(template: Template,  # of the training
+                   row: Mapping[str, Any],  # with the columns that the template wants
                    tokenizer: Any,  # that the model was trained with
                   ) -> list[int]:  # token ids up to the last answer
     "Tokenize the prompt of a row as training does."
@@ -62,21 +65,26 @@ def trained_prompt(template: Template, row: Mapping[str, Any],
     return [*([] if made.whole else affixes(tokenizer)[0]), *ids]
 
 # %% ../../nbs/models/434_serving.ipynb #request
-def request(template: Template, row: Mapping[str, Any]) -> list[dict[str, Any]]:  # messages
+def request(template: Template,  # of the training
+            row: Mapping[str, Any],  # with the columns of the template
+           ) -> list[dict[str, Any]]:  # messages
     "Make of a row what a client would send."
     if template.name == "chat": return conversation(row)[:-1]
     column = "instruction" if template.name == "instruction" else gaps(str(template.recipe["prompt"]))[0]
     return [{"role": "user", "content": str(row[column])}]
 
 # %% ../../nbs/models/434_serving.ipynb #served-text
-def served_text(messages: Sequence[Mapping[str, Any]],
+def served_text(messages: Sequence[Mapping[str, Any]],  # with role and content
                 tokenizer: Any,  # of the exported folder
-               ) -> str:
+               ) -> str:  # the prompt, up to where the answer begins
     "Render messages as a server does."
     return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
 # %% ../../nbs/models/434_serving.ipynb #first-difference
-def first_difference(trained: Sequence[int], served: Sequence[int], tokenizer: Any) -> str:  # "" where there is none
+def first_difference(trained: Sequence[int],  # token ids of the prompt in training
+                     served: Sequence[int],  # token ids of the prompt that a server makes
+                     tokenizer: Any,  # of the training, to name the tokens
+                    ) -> str:  # "" where there is none
     "Name the first token that differs."
     if list(trained) == list(served): return ""
     k = common_prefix(trained, served)
@@ -84,12 +92,12 @@ def first_difference(trained: Sequence[int], served: Sequence[int], tokenizer: A
     return f"token {k + 1} was {a} in training and is {b} when served"
 
 # %% ../../nbs/models/434_serving.ipynb #compare-prompts
-def compare_prompts(rows: Sequence[Mapping[str, Any]],
+def compare_prompts(rows: Sequence[Mapping[str, Any]],  # as in training, with the columns of the template
                     template: Template,  # of the training
                     before: Any,  # tokenizer of the training
                     after: Any,  # tokenizer of the exported folder, with its chat template
                    ) -> int:  # prompts that are equal in every token
-    "Refuse an export whose prompts differ from those of the training."
+    "Refuse an export whose prompts differ from those of the training (ModelError that names the token)."
     for i, row in enumerate(rows):
         served = after(served_text(request(template, row), after), add_special_tokens=False)["input_ids"]
         if why := first_difference(trained_prompt(template, row, before), served, before):
@@ -105,14 +113,19 @@ class Marks:
     ask: str  # what invites the next answer
 
 # %% ../../nbs/models/434_serving.ipynb #cut
-def cut(text: str, end: str, what: str) -> str:
-    "Take an ending off a text."
+def cut(text: str,  # with marks at its end
+        end: str,  # the ending that must be there
+        what: str,  # the role, for the message
+       ) -> str:
+    "Take an ending off a text; ValueError where it is not there."
     if not text.endswith(end): raise ValueError(f"the marks of {what} depend on their place")
     return text[:len(text) - len(end)]
 
 # %% ../../nbs/models/434_serving.ipynb #between
-def between(text: str, *contents: str) -> list[str]:
-    "Cut a rendering at its contents."
+def between(text: str,  # a rendering
+            *contents: str,  # in their order; each must occur once
+           ) -> list[str]:  # the marks before, between and after them
+    "Cut a rendering at its contents; ValueError where one occurs not exactly once."
     parts = []
     for c in contents:
         if text.count(c) != 1: raise ValueError("a content is rendered not exactly once")
@@ -121,8 +134,9 @@ def between(text: str, *contents: str) -> list[str]:
     return [*parts, text]
 
 # %% ../../nbs/models/434_serving.ipynb #find-marks
-def find_marks(tokenizer: Any) -> Marks:  # of the exported folder
-    "Read the marks of each role off a few renderings."
+def find_marks(tokenizer: Any,  # of the exported folder, with its chat template
+              ) -> Marks:
+    "Read the marks of each role off a few renderings; ValueError where they depend on their place."
     said = {"system": "qsysq", "user": "quserq", "assistant": "qansq", "again": "qagainq"}
     def show(*roles: str, ask: bool = False) -> list[str]:
         turns = [{"role": "user" if r == "again" else r, "content": said[r]} for r in roles]
@@ -139,10 +153,10 @@ def find_marks(tokenizer: Any) -> Marks:  # of the exported folder
     return Marks(head, {"system": (first[len(head):], cut(gap, before_user, "system")), **around}, ask)
 
 # %% ../../nbs/models/434_serving.ipynb #go
-def go_template(marks: Marks,
+def go_template(marks: Marks,  # from `find_marks`, without braces and triple quotes
                 skip: str = "",  # text of the tokens that the server puts in front
                ) -> str:  # in Go's language
-    "Write a chat template for Ollama."
+    "Write a chat template for Ollama; ValueError for marks that Go would read as code."
     texts = [marks.head, marks.ask, *(t for pair in marks.around.values() for t in pair)]
     if any("{{" in t or "}}" in t or '"""' in t for t in texts): raise ValueError("a mark holds braces or quotes")
     head = marks.head[len(skip):] if skip and marks.head.startswith(skip) else marks.head
@@ -151,9 +165,9 @@ def go_template(marks: Marks,
 
 # %% ../../nbs/models/434_serving.ipynb #render-go
 def render_go(template: str,  # that `go_template` wrote
-              messages: Sequence[Mapping[str, Any]],
+              messages: Sequence[Mapping[str, Any]],  # with role and content; roles without marks are skipped
              ) -> str:
-    "Render the one shape of Go template that is written here, and refuse all others."
+    "Render the one shape of Go template that is written here, and refuse all others (ValueError)."
     shape = re.fullmatch(r"(.*?)\{\{ range \.Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", template, re.S)
     if not shape: raise ValueError("this template is not of our shape")
     role = re.compile(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}(.*?)\{\{ \.Content \}\}(.*?)(?=\{\{|\Z)', re.S)
@@ -165,10 +179,10 @@ def render_go(template: str,  # that `go_template` wrote
 # %% ../../nbs/models/434_serving.ipynb #lines
 def serve_lines(folder: str | Path,  # as it will be named on the command line
                 name: str,  # of the model, for clients
-                classifier: bool = False,
+                classifier: bool = False,  # only vLLM serves one
                 ollama: bool = True,  # there is a Modelfile
                ) -> dict[str, list[str]]:  # program -> command lines
-    "Write the command lines that serve a folder."
+    "Write the command lines that serve a folder; ConfigurationError for a name that a shell would take apart."
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name): raise ConfigurationError(f"no name for a model: {name!r}", fix="use letters, digits, dots and dashes")
     at = str(folder) if str(folder).startswith(("/", ".")) else f"./{folder}"
     chat, gguf = f"{at}/chat_template.jinja", f"{name}.gguf"
@@ -184,13 +198,16 @@ def serve_lines(folder: str | Path,  # as it will be named on the command line
 @dataclass(frozen=True)
 class Serving:
     "Hold what was written into a folder, and what was compared."
-    folder: Path
+    folder: Path  # with SERVING.md, the template and the weights
     prompts: int  # equal in every token in training and when served
     lines: Mapping[str, Sequence[str]]  # program -> command lines
     left_out: tuple[str, ...] = ()  # what was not written, and why
 
 # %% ../../nbs/models/434_serving.ipynb #write-modelfile
-def write_modelfile(folder: Path, tokenizer: Any, requests: Sequence[Sequence[Mapping[str, Any]]]) -> str:  # why it was left out, or ""
+def write_modelfile(folder: Path,  # that gets the Modelfile
+                    tokenizer: Any,  # of that folder, with its chat template
+                    requests: Sequence[Sequence[Mapping[str, Any]]],  # conversations to compare the two templates on
+                   ) -> str:  # why it was left out, or ""
     "Write a Modelfile whose template has been compared, or none."
     front = affixes(tokenizer)[0]
     skip = "".join(tokenizer.convert_ids_to_tokens(front))
@@ -207,7 +224,9 @@ def write_modelfile(folder: Path, tokenizer: Any, requests: Sequence[Sequence[Ma
     return ""
 
 # %% ../../nbs/models/434_serving.ipynb #serving-page
-def serving_page(s: Serving, template: str) -> str:  # Markdown
+def serving_page(s: Serving,  # what was written and compared
+                 template: str,  # in Jinja; "" for a classifier
+                ) -> str:  # Markdown
     "Tell how to serve a folder."
     told = f"{s.prompts} prompts were rendered by the training and by this folder, and are equal in every token." if s.prompts else "A classifier has no prompt template."
     fence = "`" * (3 + max((len(m) for m in re.findall("`{3,}", template)), default=0))
@@ -216,8 +235,9 @@ def serving_page(s: Serving, template: str) -> str:  # Markdown
     return "\n\n".join([*page, *([f"## Chat template\n\n{fence}\n{template}\n{fence}"] if template else [])]) + "\n"
 
 # %% ../../nbs/models/434_serving.ipynb #prepare
-def refuse_bad_merge(folder: Path) -> None:
-    "Refuse a folder whose certificate says that it holds another model."
+def refuse_bad_merge(folder: Path,  # that `merge` wrote; one without a certificate passes
+                    ) -> None:
+    "Refuse a folder whose certificate says that it holds another model (ModelError)."
     if not (folder / "config.json").is_file(): raise ModelError("no model here", where=str(folder), fix="pass a folder that merge wrote")
     path = folder / "certificate.json"
     if path.is_file() and (held := json.loads(path.read_text(encoding="utf-8"))).get("verdict") == "refuse":
@@ -229,7 +249,7 @@ def prepare_serving(folder: str | Path,  # that `merge` wrote
                     rows: Sequence[Mapping[str, Any]] = (),  # rows as in training, to compare prompts on
                     name: str | None = None,  # of the model, for clients; None: that of the folder
                    ) -> Serving:
-    "Write template, Modelfile and command lines into a merged folder, once the prompts agree."
+    "Write template, Modelfile and command lines into a merged folder, once the prompts agree; DataError without rows to compare, ModelError where the prompts differ."
     from transformers import AutoTokenizer
     folder = Path(folder)
     refuse_bad_merge(folder)

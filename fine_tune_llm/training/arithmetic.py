@@ -26,7 +26,8 @@ class Arithmetic:
 
 # %% ../../nbs/training/503_arithmetic.ipynb #time
 def product_seconds(dtype: Any,  # a torch dtype
-                    size: int = 1024) -> float:  # seconds of processor time
+                    size: int = 1024,  # rows and columns of both factors
+                   ) -> float:  # seconds of processor time
     "Time a matrix product."
     import torch
     a = torch.full((size, size), 0.5, dtype=dtype)
@@ -38,7 +39,8 @@ def product_seconds(dtype: Any,  # a torch dtype
 
 # %% ../../nbs/training/503_arithmetic.ipynb #precision
 @contextmanager
-def matmul_precision(level: str) -> Iterator[None]:  # "highest", "high" or "medium"
+def matmul_precision(level: str,  # "highest", "high" or "medium"
+                    ) -> Iterator[None]:
     "Set torch's float32 matmul precision for a while."
     import torch
     before = torch.get_float32_matmul_precision()
@@ -48,7 +50,8 @@ def matmul_precision(level: str) -> Iterator[None]:  # "highest", "high" or "med
 
 # %% ../../nbs/training/503_arithmetic.ipynb #error
 def product_error(level: str,  # a float32 matmul precision
-                  size: int = 512) -> float:  # largest error as a share of the largest entry
+                  size: int = 512,  # rows and columns of both factors
+                 ) -> float:  # largest error as a share of the largest entry
     "Measure the rounding error of a float32 matrix product."
     import torch
     a, b = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0))

@@ -22,7 +22,7 @@ from .packing import assert_packing, pack_rows, pad_rows, share_rows
 @dataclass(frozen=True)
 class CausalPlan:
     "Say how a language model is trained."
-    arithmetic: Arithmetic
+    arithmetic: Arithmetic  # number format of the frozen weights and the products
     packed: bool  # rows of a step behind one another, else padded
     selective: bool  # the head on supervised tokens only, else the model's own loss
     apart: bool  # attention within documents, else on the whole packed row
@@ -30,8 +30,9 @@ class CausalPlan:
     notes: tuple[str, ...]  # why something was not used
 
 # %% ../../nbs/training/528_causal_loop.ipynb #plan-causal
-def plan_causal(model: Model, module: Any,  # with its adapter, before its weights change
-                examples: Sequence[Mapping[str, Sequence[int]]],
+def plan_causal(model: Model,  # from `load_model`
+                module: Any,  # with its adapter, before its weights change
+                examples: Sequence[Mapping[str, Sequence[int]]],  # rows with input_ids; the longest and two more are tried
                 exact: bool = False,  # keep the frozen weights in their format
                 packing: bool = True,  # if it can be done
                ) -> CausalPlan:
@@ -52,7 +53,9 @@ def plan_causal(model: Model, module: Any,  # with its adapter, before its weigh
     return CausalPlan(plan_arithmetic(model, exact), packed, selective, apart, model.device == "cpu", tuple(notes))
 
 # %% ../../nbs/training/528_causal_loop.ipynb #batch
-def collate(rows: Sequence[Mapping[str, Any]], plan: CausalPlan, pad_id: int,
+def collate(rows: Sequence[Mapping[str, Any]],  # of a step, with input_ids, labels and row
+            plan: CausalPlan,  # packed or padded
+            pad_id: int,  # token id to fill up with
             limit: int = 512,  # tokens in a packed row
            ) -> dict[str, Any]:  # parts: batches as the model takes them; rows: numbers of the rows
     "Lay out the rows of a step."
@@ -60,8 +63,10 @@ def collate(rows: Sequence[Mapping[str, Any]], plan: CausalPlan, pad_id: int,
     return {"parts": parts, "rows": [row["row"] for row in rows]}
 
 # %% ../../nbs/training/528_causal_loop.ipynb #part-loss
-def part_loss(module: Any, part: Mapping[str, Any],  # a batch from `collate`
-              plan: CausalPlan) -> Any:  # the sum of the losses, a tensor
+def part_loss(module: Any,  # a torch language model with its adapter
+              part: Mapping[str, Any],  # a batch from `collate`
+              plan: CausalPlan,  # of the run
+             ) -> Any:  # the sum of the losses, a tensor
     "Sum the loss over the supervised tokens of a part."
     from fine_tune_llm.training.supervised_loss import supervised_loss
     if plan.selective: return supervised_loss(module, **part)[0]
@@ -69,12 +74,15 @@ def part_loss(module: Any, part: Mapping[str, Any],  # a batch from `collate`
     return bare(**part, use_cache=False).loss * supervised(part)
 
 # %% ../../nbs/training/528_causal_loop.ipynb #supervised
-def supervised(part: Mapping[str, Any]) -> Any:  # a number, as a tensor
+def supervised(part: Mapping[str, Any],  # a batch from `collate`
+              ) -> Any:  # a number, as a tensor
     "Count the targets in a part."
     return (part["labels"][:, 1:] != -100).sum()
 
 # %% ../../nbs/training/528_causal_loop.ipynb #trial
-def trial_step(model: Model, settings: Settings) -> Callable[..., None]:  # of a module, an optimizer, token ids of a batch, and a task
+def trial_step(model: Model,  # from `load_model`
+               settings: Settings,  # of the run: exact and packing
+              ) -> Callable[..., None]:  # of a module, an optimizer, token ids of a batch, and a task
     "Make the step that a preflight of a language model tries."
     import torch
 
@@ -98,13 +106,13 @@ def trial_step(model: Model, settings: Settings) -> Callable[..., None]:  # of a
 def make_causal_trainer(model: Model,  # from `load_model`
                         module: Any,  # with its adapter
                         examples: Sequence[Mapping[str, Sequence[int]]],  # input_ids and labels, -100 where not supervised
-                        settings: Settings,
+                        settings: Settings,  # of the run
                         work: Path,  # the trainer's own folder
                         listener: Any,  # a transformers TrainerCallback
                         plan: CausalPlan | None = None,  # from the run that is resumed; None: find out
                         names: Sequence[str] = (),  # id of each row, for errors; its number where not given
                        ) -> Any:  # transformers' Trainer, with its `plan`
-    "Set up the training loop of a language model."
+    "Set up the training loop of a language model; TrainingError in several processes."
     from fine_tune_llm.training.document_attention import documents_apart
     from fine_tune_llm.training.lean_adapters import lean_adapters
     chosen = plan or plan_causal(model, module, examples, settings.exact, settings.packing)

@@ -17,7 +17,8 @@ from pathlib import Path
 from ..core.errors import TrainingError
 
 # %% ../../nbs/training/500_checkpoints.ipynb #digest
-def describe_file(path: Path) -> dict[str, int | str]:  # its bytes and the sha256 of them
+def describe_file(path: Path,  # of a file of any size
+                 ) -> dict[str, int | str]:  # its bytes and the sha256 of them
     "Measure a file for the manifest."
     digest = sha256()
     with path.open("rb") as f:
@@ -25,7 +26,8 @@ def describe_file(path: Path) -> dict[str, int | str]:  # its bytes and the sha2
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 # %% ../../nbs/training/500_checkpoints.ipynb #seal
-def force(path: Path) -> None:  # a file or folder
+def force(path: Path,  # a file or folder
+         ) -> None:
     "Have the system put a file on the disk now."
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
@@ -74,7 +76,7 @@ def last_checkpoint(folder: Path,  # that holds step-000010, step-000020, ...
 def drafting(work: Path,  # where drafts are written, checkpoint-10, checkpoint-20, ...
              folder: Path,  # where they stand when they are sealed
             ) -> Iterator[None]:
-    "Clear up after a checkpoint that could not be written, and say what is left."
+    "Clear up after a checkpoint that could not be written, and say what is left; its error becomes a TrainingError."
     try: yield
     except Exception as e:
         if not list(work.glob("checkpoint-*")): raise
@@ -85,7 +87,7 @@ def drafting(work: Path,  # where drafts are written, checkpoint-10, checkpoint-
                             fix=f"{'free some space' if full else 'mend that'}, then resume: the run goes on from {good.name if good else 'its start'}") from e
 
 # %% ../../nbs/training/500_checkpoints.ipynb #prune
-def prune_checkpoints(folder: Path,
+def prune_checkpoints(folder: Path,  # that holds the step-NNNNNN folders
                       keep: int,  # good checkpoints to keep, at least 1
                      ) -> None:
     "Remove all but the newest few good checkpoints."

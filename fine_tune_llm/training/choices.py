@@ -40,7 +40,7 @@ def talk(side: Any,  # text, or turns
 def from_dialogues(given: Sequence[dict[str, str]],  # turns of a prompt column, perhaps none
                    sides: Sequence[list[dict[str, str]]],  # turns of each side
                   ) -> tuple[Any, str, str]:  # prompt, chosen answer, rejected answer
-    "Cut two dialogues where they part."
+    "Cut two dialogues where they part; ValueError where the prompt is not shared."
     a, b = ([*given, *s] if s and s[0]["role"] == "assistant" else s for s in sides)
     if not a or not b or a[-1]["role"] != "assistant" or b[-1]["role"] != "assistant": raise ValueError("a side does not end with an answer")
     if a[:-1] != b[:-1]:
@@ -50,8 +50,10 @@ def from_dialogues(given: Sequence[dict[str, str]],  # turns of a prompt column,
     return a[:-1], a[-1]["content"], b[-1]["content"]
 
 # %% ../../nbs/training/550_choices.ipynb #texts
-def from_texts(prompt: str, a: str, b: str) -> tuple[str, str, str]:  # prompt, chosen answer, rejected answer
-    "Cut two texts behind the prompt, or where they part."
+def from_texts(prompt: str,  # of the row, perhaps empty
+               a: str, b: str,  # chosen and rejected side, with the prompt in front or without it
+              ) -> tuple[str, str, str]:  # prompt, chosen answer, rejected answer
+    "Cut two texts behind the prompt, or where they part; ValueError where the prompt is not shared."
     if prompt.strip():
         whole = a.startswith(prompt) and b.startswith(prompt)
         return (prompt, a[len(prompt):], b[len(prompt):]) if whole else (prompt, a, b)
@@ -61,8 +63,10 @@ def from_texts(prompt: str, a: str, b: str) -> tuple[str, str, str]:  # prompt, 
     return a[:cut], a[cut:], b[cut:]
 
 # %% ../../nbs/training/550_choices.ipynb #pair
-def read_pair(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, str, str]:  # prompt, chosen answer, rejected answer
-    "Read one preference, or say why it teaches nothing."
+def read_pair(prompt: Any,  # text or turns, perhaps none
+              chosen: Any, rejected: Any,  # texts, dialogues in a text, or turns
+             ) -> tuple[Any, str, str]:  # prompt, chosen answer, rejected answer
+    "Read one preference, or say why it teaches nothing (ValueError)."
     a, b = talk(chosen), talk(rejected)
     if (a is None) != (b is None): raise ValueError("one side is a dialogue and the other a text")
     given = talk(prompt) if prompt else []
@@ -91,54 +95,71 @@ class Pairs:
 
     def __len__(self) -> int: return len(self.ids)
     @property
-    def read(self) -> int: return len(self) + len(self.quarantine)  # kept and not kept
-    def take(self, rows: Any) -> "Pairs": return take(self, rows, ("prompts", "chosen", "rejected"))
+    def read(self) -> int:
+        "Count the rows that were read, kept or not."
+        return len(self) + len(self.quarantine)
+    def take(self,
+             rows: Any,  # mask, slice or positions
+            ) -> "Pairs":
+        "Keep some pairs; the quarantine stays with the whole."
+        return take(self, rows, ("prompts", "chosen", "rejected"))
     def __repr__(self) -> str: return "\n".join([headline(self, "pairs"), *self.notes])
 
 # %% ../../nbs/training/550_choices.ipynb #take
 def take(held: Any,  # `Pairs` or `Judgements`
          rows: Any,  # mask, slice or positions
-         fields: Sequence[str]) -> Any:  # the same kind
+         fields: Sequence[str],  # names of the lists that hold one value per row
+        ) -> Any:  # the same kind
     "Keep some rows; the quarantine stays with the whole."
     kept = np.arange(len(held))[rows]
     return replace(held, **{f: [getattr(held, f)[i] for i in kept] for f in fields}, ids=held.ids[kept], places=held.places[kept], quarantine=(), notes=())
 
 # %% ../../nbs/training/550_choices.ipynb #headline
-def headline(held: Any, what: str) -> str:
+def headline(held: Any,  # `Pairs` or `Judgements`
+             what: str,  # word for the rows, in the plural
+            ) -> str:
     "State how many rows there are and what became of the others."
     aside = f", {len(held.quarantine)} of {held.read} rows in quarantine" if held.quarantine else ""
     return f"{held.name or 'list'}: {len(held):,} {what}{aside}"
 
 # %% ../../nbs/training/550_choices.ipynb #where
-def where(held: Any, positions: Sequence[int], most: int = 8) -> str:
+def where(held: Any,  # `Pairs` or `Judgements`
+          positions: Sequence[int],  # of the rows, from 0
+          most: int = 8,  # positions to name; the others are dots
+         ) -> str:
     "Say where rows stand, in the numbers of their file."
     shown = ", ".join(str(int(held.places[i])) for i in positions[:most])
     return f"{held.name or 'list'}, {held.unit}{'s' * (len(positions) > 1)} {shown}" + (", ..." if len(positions) > most else "")
 
 # %% ../../nbs/training/550_choices.ipynb #repeats
 def repeats(keys: Sequence[str],  # what makes two rows the same
-            rows: Rows) -> dict[int, str]:  # position -> reason
+            rows: Rows,  # that the keys belong to, for the message
+           ) -> dict[int, str]:  # position -> reason
     "Name each row that repeats an earlier one."
     first: dict[str, int] = {}
     return {i: f"the same as {at(rows, [first[k]])}" for i, k in enumerate(keys) if first.setdefault(k, i) != i}
 
 # %% ../../nbs/training/550_choices.ipynb #disputes
 def disputes(keys: Sequence[str],  # what two rows share that contradict each other
-             rows: Rows) -> tuple[str, ...]:  # a sentence, or none
+             rows: Rows,  # that the keys belong to, for the message
+            ) -> tuple[str, ...]:  # a sentence, or none
     "Name the rows that contradict another one."
     count = Counter(keys)
     twice = [i for i, k in enumerate(keys) if count[k] > 1]
     return (f"Rows that contradict another one: {len(twice)} ({at(rows, twice)}).",) if twice else ()
 
 # %% ../../nbs/training/550_choices.ipynb #key
-def key(*parts: Any) -> str:
+def key(*parts: Any,  # plain data: texts, turns, lists
+       ) -> str:
     "Write parts of a row as one text."
     return json.dumps(parts, ensure_ascii=False, sort_keys=True)
 
 # %% ../../nbs/training/550_choices.ipynb #read-all
-def sift(rows: Rows, read: Any,  # a function of a position that gives a row or raises ValueError
-         on_bad_row: str) -> tuple[Rows, list[Any]]:  # (rows kept, what was read of each)
-    "Read row by row, and set aside what cannot be used or comes again."
+def sift(rows: Rows,  # of one source, with their numbers in the file
+         read: Any,  # a function of a position that gives a row or raises ValueError
+         on_bad_row: str,  # "refuse" or "quarantine"
+        ) -> tuple[Rows, list[Any]]:  # (rows kept, what was read of each)
+    "Read row by row, and set aside what cannot be used or comes again; DataError for refused rows, or where none is left."
     made: dict[int, Any] = {}
     bad: dict[int, str] = {}
     for i in range(len(rows)):
@@ -152,7 +173,8 @@ def sift(rows: Rows, read: Any,  # a function of a position that gives a row or 
     return kept, [made[i] for j, i in enumerate(good) if j not in again]
 
 # %% ../../nbs/training/550_choices.ipynb #common-form
-def one_form(prompts: Sequence[Any]) -> list[Any]:
+def one_form(prompts: Sequence[Any],  # texts, lists of turns, or both
+            ) -> list[Any]:  # all texts, or all lists of turns
     "Make a turn of every prompt, if any of them is a list of turns."
     if all(isinstance(p, str) for p in prompts): return list(prompts)
     return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
@@ -188,12 +210,19 @@ class Judgements:
 
     def __len__(self) -> int: return len(self.ids)
     @property
-    def read(self) -> int: return len(self) + len(self.quarantine)  # kept and not kept
-    def take(self, rows: Any) -> "Judgements": return take(self, rows, ("prompts", "answers", "good"))
+    def read(self) -> int:
+        "Count the rows that were read, kept or not."
+        return len(self) + len(self.quarantine)
+    def take(self,
+             rows: Any,  # mask, slice or positions
+            ) -> "Judgements":
+        "Keep some judgements; the quarantine stays with the whole."
+        return take(self, rows, ("prompts", "answers", "good"))
     def __repr__(self) -> str: return "\n".join([f"{headline(self, 'judgements')}, {sum(self.good)} good", *self.notes])
 
 # %% ../../nbs/training/550_choices.ipynb #unpair
-def unpair(pairs: Pairs) -> Judgements:  # 2n rows, the chosen answer of a pair before the rejected one
+def unpair(pairs: Pairs,  # n pairs
+          ) -> Judgements:  # 2n rows, the chosen answer of a pair before the rejected one
     "Judge each answer of a pair by itself."
     def both(values: Sequence[Any]) -> list[Any]: return [v for v in values for _ in range(2)]
     answers = [x for ab in zip(pairs.chosen, pairs.rejected) for x in ab]
@@ -203,8 +232,11 @@ def unpair(pairs: Pairs) -> Judgements:  # 2n rows, the chosen answer of a pair 
 # %% ../../nbs/training/550_choices.ipynb #load-judgements
 GOOD = {**dict.fromkeys(("true", "1", "1.0", "yes", "good", "up"), True), **dict.fromkeys(("false", "0", "0.0", "-1", "no", "bad", "down"), False)}
 
-def read_judgement(prompt: Any, answer: Any, label: Any) -> tuple[Any, str, bool]:  # prompt, answer, True if good
-    "Read one judgement, or say why it teaches nothing."
+def read_judgement(prompt: Any,  # text or turns
+                   answer: Any,  # text, or a list of one turn of the assistant
+                   label: Any,  # one of GOOD, as text, number or bool
+                  ) -> tuple[Any, str, bool]:  # prompt, answer, True if good
+    "Read one judgement, or say why it teaches nothing (ValueError)."
     if not isinstance(prompt, list) and (why := fault(prompt)): raise ValueError(f"the prompt {why}")
     said, wrong = turns(answer) if isinstance(answer, list) else ([{"role": "assistant", "content": answer}], "")
     if wrong or len(said) != 1 or said[0]["role"] != "assistant": raise ValueError(wrong or "the completion is not one answer")
@@ -226,12 +258,13 @@ def load_judgements(source: Any,  # anything that `read_rows` takes, with column
                       kept.places, kept.name, kept.unit, kept.quarantine, (*kept.notes, *disputes(same, kept)))
 
 # %% ../../nbs/training/550_choices.ipynb #deal
-def opening(prompt: Any) -> str:
+def opening(prompt: Any,  # text or turns
+           ) -> str:
     "Write a prompt as one text."
     return prompt if isinstance(prompt, str) else "\n".join(t["content"] for t in prompt)
 
 # %% ../../nbs/training/550_choices.ipynb #split-pairs
-def split_pairs(pairs: Pairs,
+def split_pairs(pairs: Pairs,  # from `load_pairs`; the deal follows their prompts
                 sizes: Sequence[float] = (.6, .1, .15, .15),  # shares of train, validation, calibration, test
                 seed: int = 0,  # another seed, another deal
                 near: float | None = 0.8,  # likeness from which prompts stay together; None for copies alone

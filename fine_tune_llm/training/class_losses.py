@@ -131,7 +131,9 @@ class ClassLoss:
     options: Mapping[str, Any] = field(default_factory=dict)  # plain data, for a configuration and a fingerprint
 
     @property
-    def extra(self) -> int: return CLASS_LOSSES[self.name][1]  # outputs beyond the classes
+    def extra(self) -> int:
+        "Count the outputs beyond the classes: 1 where the loss may abstain."
+        return CLASS_LOSSES[self.name][1]
     def __call__(self, logits: Any, y: Any) -> Any:  # torch tensors [n, K + extra] and [n] -> losses [n]
         return partial(CLASS_LOSSES[self.name][0], **self.options)(logits, y)
 
@@ -139,13 +141,13 @@ class ClassLoss:
 def class_loss(name: str = "cross-entropy",  # one of CLASS_LOSSES
                **options: Any,  # smoothing, gamma, weight, width, power, payoff, price or cost, as the loss takes them
               ) -> ClassLoss:  # call it with (logits, y) for one loss per row
-    "Choose a loss by name, and refuse what its formula cannot take."
+    "Choose a loss by name, and refuse what its formula cannot take (ConfigurationError)."
     if name not in CLASS_LOSSES: raise ConfigurationError(f"no loss {name!r}", where="loss=", fix=f"use one of {', '.join(CLASS_LOSSES)}")
     known = list(signature(CLASS_LOSSES[name][0]).parameters)[2:]
     for key, value in options.items():
         if key not in known: raise ConfigurationError(f"the loss {name!r} has no option {key!r}", where="loss=", fix=f"use {', '.join(known)}")
         low, below, words = RANGES[key]
         if (key, value) == ("gamma", "53"): continue
-        if isinstance(value, (bool, str)) or not low <= value < below:
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not low <= value < below:
             raise ConfigurationError(f"{key}={value!r} in the loss {name!r}", where="loss=", fix=f"pass {words}")
     return ClassLoss(name, options)

@@ -31,36 +31,41 @@ class Moment:
     judged: bool = True  # a measure decides which evaluation is the best
 
 # %% ../../nbs/training/515_commands.ipynb #flags
-def stop(now: Moment) -> None:
+def stop(now: Moment,  # between two steps; is written to
+        ) -> None:
     "End the run after this step, with a checkpoint."
     now.stopped, now.paused = True, False
 
-def pause(now: Moment) -> None:
-    "Wait after this step."
+def pause(now: Moment,  # between two steps; is written to
+         ) -> None:
+    "Wait after this step; TrainingError where it pauses already."
     if now.paused: raise TrainingError("the run pauses already")
     now.paused = True
 
-def resume(now: Moment) -> None:
-    "Go on after a pause."
+def resume(now: Moment,  # between two steps; is written to
+          ) -> None:
+    "Go on after a pause; TrainingError where there is none."
     if not now.paused: raise TrainingError("the run does not pause")
     now.paused = False
 
-def checkpoint(now: Moment) -> None:
+def checkpoint(now: Moment,  # between two steps; is written to
+              ) -> None:
     "Write a checkpoint after this step."
     now.save = True
 
 # %% ../../nbs/training/515_commands.ipynb #evaluate
-def evaluate(now: Moment) -> None:
-    "Measure the model on the validation split."
+def evaluate(now: Moment,  # whose `evaluate` measures, and whose `figures` are set
+            ) -> None:
+    "Measure the model on the validation split; TrainingError without validation rows."
     if now.evaluate is None: raise TrainingError("this run has nothing to evaluate on")
     now.figures = dict(now.evaluate())
 
 # %% ../../nbs/training/515_commands.ipynb #rate
-def set_rate(now: Moment,
+def set_rate(now: Moment,  # whose optimizer and schedule are changed
              learning_rate: float | None = None,  # of the adapter from the next step on
              times: float | None = None,  # or: this many times the present one
             ) -> dict[str, float]:  # before and after
-    "Scale all learning rates, and keep the shape of their schedule."
+    "Scale all learning rates, and keep the shape of their schedule; TrainingError for anything but one number above 0."
     old, given = now.optimizer.param_groups[0]["lr"], [v for v in (learning_rate, times) if v is not None]
     if not old or len(given) != 1 or type(given[0]) not in (int, float) or not 0 < given[0] < math.inf:
         raise TrainingError(f"cannot set the learning rate, which is {old:g} now", fix="give learning_rate= or times=, one number above 0")
@@ -74,8 +79,10 @@ def set_rate(now: Moment,
 # %% ../../nbs/training/515_commands.ipynb #live
 LIVE = ("evaluate_every", "save_every", "patience")  # whole numbers that may change, beside the learning rate
 
-def set_values(now: Moment, **values: float) -> dict[str, float]:  # what the answer will carry
-    "Change what may change while a run works."
+def set_values(now: Moment,  # between two steps; is written to
+               **values: float,  # learning_rate or times, and whole numbers for those of LIVE
+              ) -> dict[str, float]:  # what the answer will carry
+    "Change what may change while a run works; TrainingError for what may not."
     rates = {k: values.pop(k) for k in ("learning_rate", "times") if k in values}
     if fixed := [k for k in values if k not in LIVE]:
         raise TrainingError(f"{', '.join(fixed)} cannot change while a run works, for it would be another run",
@@ -91,7 +98,7 @@ def set_values(now: Moment, **values: float) -> dict[str, float]:  # what the an
 COMMANDS: dict[str, Callable[..., Any]] = {"stop": stop, "pause": pause, "resume": resume, "evaluate": evaluate, "checkpoint": checkpoint, "set": set_values}
 
 def answer(run: Run,  # whose folder holds the commands
-           now: Moment,
+           now: Moment,  # which the commands change
            asked: Sequence[Mapping[str, Any]],  # commands, the oldest first
            **more: Any,  # what each answer shall also carry
           ) -> None:
@@ -108,11 +115,13 @@ def answer(run: Run,  # whose folder holds the commands
         now.figures = None
 
 # %% ../../nbs/training/515_commands.ipynb #history
-def settings_made(run: Run) -> list[tuple[int, dict[str, Any]]]:  # step and command, in the order of the steps
+def settings_made(run: Run,  # whose events and commands are read
+                 ) -> list[tuple[int, dict[str, Any]]]:  # step and command, in the order of the steps
     "List what has been set in a run, and at which step."
     steps = {e["id"]: e["step"] for e in run.events("command_applied") if e["command"] == "set"}
     return sorted(((steps[c["id"]], c) for c in run.commands() if c["id"] in steps), key=lambda pair: pair[0])
 
-def refuse_stale(run: Run) -> None:
+def refuse_stale(run: Run,  # in which no trainer is at work
+                ) -> None:
     "Refuse commands that nobody was there to read."
     for c in run.pending(): run.log("command_refused", id=c["id"], command=c["command"], reason="no trainer was at work when this was asked")

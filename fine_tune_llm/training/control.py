@@ -34,7 +34,9 @@ def seconds_left(elapsed: float,  # seconds since this process began to train
 # %% ../../nbs/training/520_control.ipynb #listener
 class Listener(TrainerCallback):
     "Write what happens into a run folder, and do what it is told there."
-    def __init__(self, run: Run, facts: dict[str, Any],  # rows, device, dtype: what run_started should say
+    def __init__(self,
+                 run: Run,  # that gets the events and holds the commands
+                 facts: dict[str, Any],  # rows, device, dtype: what run_started should say
                  interrupted: threading.Event,  # set by an interrupt
                  evaluate: Callable[[], dict[str, float]] | None = None,  # figures on the validation split, when a command asks for them
                  progress: Callable[[int, int, str], None] | None = None):  # gets step, total and a note
@@ -44,25 +46,39 @@ class Listener(TrainerCallback):
         self.idle = threading.Event()  # never set: to wait on
         self.file = LiveFile(run)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self,
+                       args: Any, state: Any, control: Any, **kwargs: Any,  # as the Trainer of transformers calls it
+                      ) -> None:
+        "Start the clock, clear up after an earlier process, and write run_started."
         self.began, self.first = time.monotonic(), state.global_step
         take_up(self, args, state)
         self.run.log("run_started", total_steps=state.max_steps, epochs=args.num_train_epochs, step=state.global_step, **self.facts)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self,
+                    args: Any, state: Any, control: Any, **kwargs: Any,  # as the Trainer calls it, with optimizer and lr_scheduler
+                   ) -> None:
+        "Do what was asked since the last step, and move the progress bar."
         if world()[0] == 0: self.file.look()
         between_steps(self, state, control, kwargs)
         if self.progress: self.progress(state.global_step, state.max_steps, "")
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_log(self,
+               args: Any, state: Any, control: Any, **kwargs: Any,  # as the Trainer calls it, with its logs
+              ) -> None:
+        "Write a step event; TrainingError for a loss that is not finite."
         if "loss" in (logs := kwargs.get("logs") or {}): log_step(self, args, state, logs)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self,
+                args: Any, state: Any, control: Any, **kwargs: Any,  # as the Trainer of transformers calls it
+               ) -> None:
+        "Seal the checkpoint, and go on to wait if the run pauses."
         save_step(self, args, state.global_step)
         if self.paused: between_steps(self, state, control, kwargs)
 
 # %% ../../nbs/training/520_control.ipynb #take-up
-def take_up(listener: Listener, args: Any, state: Any) -> None:
+def take_up(listener: Listener,  # whose live values and repeated commands are set
+            args: Any, state: Any,  # transformers' TrainingArguments and TrainerState
+           ) -> None:
     "Clear up after an earlier process, and find what was set in it."
     if world()[0] == 0: shutil.rmtree(args.output_dir, ignore_errors=True)
     for step, command in settings_made(listener.run):
@@ -71,13 +87,17 @@ def take_up(listener: Listener, args: Any, state: Any) -> None:
     state.save_steps = listener.live.get("save_every", getattr(state, "save_steps", 0))
 
 # %% ../../nbs/training/520_control.ipynb #heard
-def heard(listener: Listener) -> tuple[list[dict[str, Any]], bool]:  # commands that wait, and whether an interrupt came
+def heard(listener: Listener,  # whose run and interrupt are asked
+         ) -> tuple[list[dict[str, Any]], bool]:  # commands that wait, and whether an interrupt came
     "Hear what was asked, in every process the same."
     views = gather((listener.run.pending() if world()[0] == 0 else [], listener.interrupted.is_set()))
     return views[0][0], any(interrupted for _, interrupted in views)
 
 # %% ../../nbs/training/520_control.ipynb #commands
-def between_steps(listener: Listener, state: Any, control: Any, kwargs: dict[str, Any]) -> None:
+def between_steps(listener: Listener,  # whose flags may change
+                  state: Any, control: Any,  # transformers' TrainerState and TrainerControl; written to
+                  kwargs: dict[str, Any],  # of the Trainer: optimizer and lr_scheduler
+                 ) -> None:
     "Do what was asked since the last step, and wait if that was a pause."
     now = Moment(state.global_step, kwargs.get("optimizer"), kwargs.get("lr_scheduler"), listener.evaluate, listener.stopped, listener.paused,
                  live=listener.live, judged=listener.judged)
@@ -98,19 +118,25 @@ def between_steps(listener: Listener, state: Any, control: Any, kwargs: dict[str
     if now.save: control.should_save = True
 
 # %% ../../nbs/training/520_control.ipynb #log-step
-def log_step(listener: Listener, args: Any, state: Any, logs: dict[str, Any]) -> None:
-    "Write a step event, and fail on a loss that is not finite."
+def log_step(listener: Listener,  # whose clock and run to use
+             args: Any, state: Any,  # transformers' TrainingArguments and TrainerState
+             logs: dict[str, Any],  # of the Trainer: loss, learning_rate and grad_norm
+            ) -> None:
+    "Write a step event, and fail on a loss that is not finite (TrainingError)."
     done, elapsed = state.global_step - listener.first, time.monotonic() - listener.began - listener.waited
     if not math.isfinite(logs["loss"]):
         raise TrainingError(f"the loss is {logs['loss']} at step {state.global_step}", where=str(listener.run.path),
                             fix="lower learning_rate, or resume from the last checkpoint with a lower one")
-    rate = done * args.per_device_train_batch_size * args.gradient_accumulation_steps / elapsed
+    rate = done * args.per_device_train_batch_size * args.gradient_accumulation_steps * world()[1] / elapsed
     listener.run.log("step", step=state.global_step, epoch=state.epoch, loss=logs["loss"], learning_rate=logs.get("learning_rate"),
                      grad_norm=logs.get("grad_norm"), rows_per_second=rate, eta_s=seconds_left(elapsed, done, state.max_steps - state.global_step))
     if listener.progress: listener.progress(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
 
 # %% ../../nbs/training/520_control.ipynb #save-step
-def save_step(listener: Listener, args: Any, step: int) -> None:
+def save_step(listener: Listener,  # whose run gets the checkpoint
+              args: Any,  # transformers' TrainingArguments, with the trainer's own folder
+              step: int,  # of the checkpoint
+             ) -> None:
     "Seal the checkpoint that the trainer has just written."
     draft, place = Path(args.output_dir) / f"checkpoint-{step}", listener.run.path / "checkpoints" / f"step-{step:06}"
     gather("written")

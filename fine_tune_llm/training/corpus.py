@@ -29,34 +29,45 @@ from .fingerprint import digest
 @dataclass(frozen=True, eq=False, repr=False)
 class Corpus:
     "Hold the rows that a language model learns from, and those it is measured on."
-    train: DataTruth
+    train: DataTruth  # rows to learn from, with the fate of each token
     validation: DataTruth | None  # None: the run is not measured
-    template: Template
+    template: Template  # how a row becomes text
     data: Data | None = None  # the splits that the rows come from, for label words
 
     @property
-    def labels(self) -> Labels: return word_labels(self)
+    def labels(self) -> Labels:
+        "Give the classes whose names are the answers; InferenceError for free answers."
+        return word_labels(self)
     @property
-    def names(self) -> list[str]: return row_names(self.train)
+    def names(self) -> list[str]:
+        "Name the rows that are trained on by their place in the file."
+        return row_names(self.train)
     @property
-    def parts(self) -> dict[str, DataTruth]: return {n: t for n, t in (("train", self.train), ("validation", self.validation)) if t is not None}
-    def fingerprint(self) -> dict[str, str]: return corpus_fingerprint(self)
+    def parts(self) -> dict[str, DataTruth]:
+        "Give the parts that exist by name: train, and perhaps validation."
+        return {n: t for n, t in (("train", self.train), ("validation", self.validation)) if t is not None}
+    def fingerprint(self) -> dict[str, str]:
+        "Write down which tokens are learned, and how rows become text."
+        return corpus_fingerprint(self)
     def __repr__(self) -> str: return "\n".join(f"{name}: {truth!r}" for name, truth in self.parts.items())
     def _repr_html_(self) -> str: return "".join(f"<h4>{name}</h4>{truth._repr_html_()}" for name, truth in self.parts.items())
 
 # %% ../../nbs/training/527_corpus.ipynb #names
-def word_labels(corpus: Corpus) -> Labels:
-    "Give the classes whose names are the answers."
+def word_labels(corpus: Corpus,  # from `word_corpus`
+               ) -> Labels:
+    "Give the classes whose names are the answers; InferenceError for free answers."
     if corpus.data is None: raise InferenceError("free answers have no classes", fix="use a model with task='label-words' and load_data(...)")
     return corpus.data.labels
 
-def row_names(truth: DataTruth) -> list[str]:  # such as "row 17", one per row that is trained on
+def row_names(truth: DataTruth,  # of a part
+             ) -> list[str]:  # such as "row 17", one per row that is trained on
     "Name the rows by their place in the file."
     files, places = locate(truth.rows, np.flatnonzero(truth.table["kept"]))
     many = len(truth.rows.files) > 1
     return [(f"{truth.rows.files[f]} " if many else "") + f"{truth.rows.unit} {p}" for f, p in zip(files, places)]
 
-def corpus_fingerprint(corpus: Corpus) -> dict[str, str]:  # name -> value
+def corpus_fingerprint(corpus: Corpus,  # of a run
+                      ) -> dict[str, str]:  # name -> value
     "Write down which tokens are learned, and how rows become text."
     recipe = json.dumps({k: str(v) for k, v in corpus.template.recipe.items()}, sort_keys=True)
     found = {name: truth.fingerprint for name, truth in corpus.parts.items()}
@@ -66,8 +77,9 @@ def corpus_fingerprint(corpus: Corpus) -> dict[str, str]:  # name -> value
 FITTING = {"messages": "chat", "completion": "completion", "label": "label-words", "text": "text"}  # column -> template
 
 def fitting_template(rows: Rows,  # of `load_rows`
-                     tokenizer: Any) -> Template:
-    "Choose the template that fits the form of rows."
+                     tokenizer: Any,  # asked whether it has a chat template
+                    ) -> Template:
+    "Choose the template that fits the form of rows; DataError where none does."
     name = next((FITTING[c] for c in FITTING if c in rows.table.column_names), None)
     if name is None:
         raise DataError(f"no template fits rows with the columns {', '.join(rows.table.column_names)}", rows.name, "pass template=, or rows with prompt and completion")
@@ -75,16 +87,20 @@ def fitting_template(rows: Rows,  # of `load_rows`
     return find_template("chat-plain" if name == "chat" and not getattr(tokenizer, "chat_template", None) else name)
 
 # %% ../../nbs/training/527_corpus.ipynb #take
-def take_rows(rows: Rows, positions: np.ndarray) -> Rows:  # positions in the table; places in the file are kept
+def take_rows(rows: Rows,  # of `load_rows`
+              positions: np.ndarray,  # in the table, int64
+             ) -> Rows:  # their places in the file are kept
     "Take some rows."
     files, places = locate(rows, positions)
     return replace(rows, table=rows.table.take(positions), runs=runs(places, files), quarantine=())
 
-def part_rows(rows: Rows, template: Template, tokenizer: Any,
+def part_rows(rows: Rows,  # of `load_rows`
+              template: Template,  # tells what a row asks: rows that ask the same stay together
+              tokenizer: Any,  # that renders the rows
               share: float,  # of the rows for measuring, 0 up to 1
               seed: int,  # another seed, another deal
              ) -> tuple[Rows, Rows | None]:  # to learn from, to be measured on
-    "Set rows apart by what they ask."
+    "Set rows apart by what they ask; ConfigurationError for a share that is none."
     if not 0 <= share < 1: raise ConfigurationError(f"validation={share} is no share", fix="pass at least 0 and below 1, or a second set of rows")
     if not share: return rows, None
     made, kept, _ = render_rows(rows, template, tokenizer)
@@ -98,7 +114,9 @@ def part_rows(rows: Rows, template: Template, tokenizer: Any,
     return take_rows(rows, np.flatnonzero(~apart)), take_rows(rows, np.flatnonzero(apart))
 
 # %% ../../nbs/training/527_corpus.ipynb #sft-data
-def longest_row(model: Model, asked: int | None) -> int | None:  # tokens; None where nothing limits them
+def longest_row(model: Model,  # whose tokenizer and positions set a limit
+                asked: int | None,  # tokens that the caller allows; None: no wish
+               ) -> int | None:  # tokens; None where nothing limits them
     "Find how many tokens a row may keep."
     limits = [n for n in (asked, model.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)) if n]
     return int(min(limits)) if min(limits) < 10**6 else None
@@ -121,7 +139,8 @@ def sft_data(source: Any,  # a file, list of dicts, DataFrame, Dataset, rows of 
     return Corpus(truth(learn), truth(apart) if apart is not None else None, chosen)
 
 # %% ../../nbs/training/527_corpus.ipynb #words
-def word_corpus(data: Data, model: Model,
+def word_corpus(data: Data,  # splits with classes, from `load_data`
+                model: Model,  # whose tokenizer reads them
                 template: Template | str | Callable[[Mapping[str, Any]], Pieces] | None = None,  # with the columns text and label
                 max_length: int | None = None,  # tokens that a row may keep
                 **how: Any,  # further settings of `data_truth`

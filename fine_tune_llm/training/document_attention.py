@@ -32,7 +32,9 @@ def document_lengths(position_ids: torch.Tensor,  # [1, tokens]
 
 # %% ../../nbs/training/506_document_attention.ipynb #unseen
 @functools.cache
-def unseen(length: int, window: int | None) -> torch.Tensor:  # bool, [length, length], true where a query must not look
+def unseen(length: int,  # tokens of a document, n
+           window: int | None,  # keys a query may look back to, itself included; None: all
+          ) -> torch.Tensor:  # bool, [length, length], true where a query must not look
     "Mark later keys, and keys further back than a sliding window."
     i = torch.arange(length)
     later = i[:, None] < i
@@ -43,7 +45,10 @@ class ShortAttention(torch.autograd.Function):
     "Attend within one document by plain matrix products."
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [heads, n, d], [key heads, n, d] twice
-                scaling: float, window: int | None) -> torch.Tensor:  # [heads, n, d]
+                scaling: float,  # of the scores
+                window: int | None,  # keys a query may look back to; None: all
+               ) -> torch.Tensor:  # [heads, n, d]
+        "Compute softmax(q k' scaling + mask) v (Vaswani et al. 2017, eq. 1)."
         (heads, n, d), groups, size = q.shape, len(k), round_up(q.shape[1], 64)
         q, k, v = (F.pad(x, (0, 0, 0, size - n)) for x in (q, k, v))
         q = (q * scaling).reshape(groups, -1, d)
@@ -54,7 +59,9 @@ class ShortAttention(torch.autograd.Function):
         return torch.bmm(p, v).view(heads, size, d)[:, :n]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor,  # type: ignore[override] # of the output, [heads, n, d]
+                ) -> tuple[torch.Tensor | None, ...]:  # shapes as in `forward`; none for scaling and window
+        "Compute the gradients of queries, keys and values."
         q, k, v, p = ctx.saved_tensors
         (groups, rows, size), n, d = p.shape, grad.shape[1], grad.shape[2]
         grad = F.pad(grad, (0, 0, 0, size - n)).reshape(groups, rows, d)
@@ -64,7 +71,10 @@ class ShortAttention(torch.autograd.Function):
 
 # %% ../../nbs/training/506_document_attention.ipynb #document
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [heads, n, d], [key heads, n, d] twice
-           scaling: float, window: int | None, dropout: float) -> torch.Tensor:  # [heads, n, d]
+           scaling: float,  # of the scores
+           window: int | None,  # keys a query may look back to; None: all
+           dropout: float,  # share of the weights, 0 outside training
+          ) -> torch.Tensor:  # [heads, n, d]
     "Attend within one document."
     n = q.shape[1]
     if n <= 512 and not dropout: return ShortAttention.apply(q, k, v, scaling, window)
@@ -73,10 +83,16 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [heads, n, d], 
                                           scale=scaling, enable_gqa=len(q) != len(k))[0]
 
 # %% ../../nbs/training/506_document_attention.ipynb #attention
-def document_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,  # [1, heads, tokens, d]
-                       attention_mask: Any, dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
-                       position_ids: torch.Tensor | None = None, **more: Any) -> tuple[torch.Tensor, None]:  # [1, tokens, heads, d]
-    "Attend within each document of a packed row, as transformers' attention interface asks."
+def document_attention(module: Any,  # the attention layer that asks
+                       query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,  # [1, heads, tokens, d]
+                       attention_mask: Any,  # None; a mask is refused
+                       dropout: float = 0.0,  # share of the weights, 0 outside training
+                       scaling: float | None = None,  # of the scores; None: 1 / sqrt(d)
+                       sliding_window: int | None = None,  # keys a query may look back to, itself included; None: all
+                       position_ids: torch.Tensor | None = None,  # [1, tokens], from 0 at each document
+                       **more: Any,  # what else the model passes; caps, sinks and caches are refused
+                      ) -> tuple[torch.Tensor, None]:  # [1, tokens, heads, d]
+    "Attend within each document of a packed row, as transformers' attention interface asks; TrainingError for more than causal attention."
     odd = sorted(name for name in ("softcap", "s_aux", "position_bias", "cache") if more.get(name) is not None)
     if position_ids is None or attention_mask is not None or len(query) > 1 or odd or not getattr(module, "is_causal", True):
         raise TrainingError(f"{type(module).__name__} needs more than causal attention in one packed row", where=", ".join(odd) or "attention")
@@ -91,7 +107,8 @@ def document_attention(module: Any, query: torch.Tensor, key: torch.Tensor, valu
 # %% ../../nbs/training/506_document_attention.ipynb #switch
 @contextmanager
 def documents_apart(module: Any,  # a causal language model, with or without an adapter
-                    on: bool = True) -> Iterator[None]:
+                    on: bool = True,  # False: change nothing
+                   ) -> Iterator[None]:
     "Let a model attend within the documents of packed rows."
     from transformers import AttentionInterface
     config = (module.get_base_model() if hasattr(module, "get_base_model") else module).config
@@ -105,7 +122,7 @@ def documents_apart(module: Any,  # a causal language model, with or without an 
 def check_documents_apart(module: Any,  # a causal language model
                           rows: Sequence[Mapping[str, Sequence[int]]],  # documents
                          ) -> None:
-    "Refuse a model whose hidden states differ under this attention."
+    "Refuse a model whose hidden states differ under this attention (TrainingError)."
     was, short = module.training, [{"input_ids": list(row["input_ids"])[:48]} for row in rows[:3]]
     short = [dict(row, labels=row["input_ids"]) for row in short]
     module.eval()

@@ -31,8 +31,15 @@ class Tally:
     right: tuple[np.ndarray, ...] = ()  # whether they are right, bool [m], by batch
 
     @property
-    def n(self) -> int: return self.bins.n
-    def update(self, logits: Any, y: Any) -> "Tally": return self + tally(logits, y)  # finite [m, K], classes [m]
+    def n(self) -> int:
+        "Count the rows so far."
+        return self.bins.n
+    def update(self,
+               logits: Any,  # finite, shape [m, K]
+               y: Any,  # true classes, shape [m]
+              ) -> "Tally":  # with the rows of both
+        "Give a tally with one more batch in it, and leave this one."
+        return self + tally(logits, y)
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(self.nll + other.nll, self.brier + other.brier, self.bins + other.bins, self.sure + other.sure, self.right + other.right)
     def __repr__(self) -> str: return f"Tally({self.n} rows)"
@@ -41,7 +48,7 @@ class Tally:
 def tally(logits: Any,  # finite numbers, shape [m, K]
           y: Any,  # true classes, shape [m]
          ) -> Tally:
-    "Measure one batch."
+    "Measure one batch; TrainingError for logits that are not finite."
     z, y = np.array(logits, dtype=np.float64), np.asarray(y)
     if not np.isfinite(z).all():
         raise TrainingError(f"logits of {(~np.isfinite(z).all(1)).sum()} validation rows are not finite", fix="lower the learning rate")
@@ -60,11 +67,11 @@ def coverage_within(expected: np.ndarray,  # losses from the surest row to the l
     within = np.cumsum(expected) <= risk * np.arange(1, len(expected) + 1) + 1e-9
     return float(np.flatnonzero(within).max(initial=-1) + 1) / len(expected)
 
-def class_figures(t: Tally,
+def class_figures(t: Tally,  # of all validation rows, at least one
                   target_risk: float = 0.05,  # share of errors among answers that is tolerated
                   n_boot: int = 200,  # draws for the interval of the calibration error
                  ) -> dict[str, float]:  # the measures of a classifier by name
-    "Turn sums into figures."
+    "Turn sums into figures; TrainingError without rows."
     if not t.n: raise TrainingError("no validation row to measure", fix="give the validation split rows")
     right, error = np.concatenate(t.right), ece(t.bins, n_boot=n_boot)
     order = ranking(np.concatenate(t.sure), (~right).astype(np.float64))
@@ -76,7 +83,8 @@ def class_figures(t: Tally,
 MEASURES = {"nll": -1, "brier": -1, "ece": -1, "selective_risk": -1, "coverage_at_risk": 1, "accuracy": 1, "loss": -1}  # name -> 1 where more is better
 
 # %% ../../nbs/training/522_evaluation.ipynb #stream
-def logits_by_batch(model: Model, module: Any,  # a torch classifier
+def logits_by_batch(model: Model,  # whose tokenizer to use
+                    module: Any,  # a torch classifier
                     texts: Sequence[str],  # n texts
                     batch_size: int = 64,  # texts in a batch, at most
                     max_length: int | None = None,  # tokens at most
@@ -129,7 +137,7 @@ def padded(examples: Sequence[dict[str, list[int]]],  # rows with input_ids and 
 def evaluate_tokens(model: Model, module: Any,  # a causal language model
                     examples: Sequence[dict[str, list[int]]],  # rows with input_ids and labels, -100 where nothing is supervised
                    ) -> dict[str, float]:  # loss and perplexity, and how many tokens they rest on
-    "Measure the loss of the supervised tokens."
+    "Measure the loss of the supervised tokens; TrainingError without tokens, or for a loss that is not finite."
     import torch
 
     from fine_tune_llm.training.supervised_loss import supervised_loss

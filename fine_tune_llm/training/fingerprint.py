@@ -14,7 +14,8 @@ from typing import Any
 from ..core.errors import TrainingError
 
 # %% ../../nbs/training/510_fingerprint.ipynb #digest
-def digest(parts: Iterable[str]) -> str:  # 16 hex digits
+def digest(parts: Iterable[str],  # in their order; where one ends counts
+          ) -> str:  # 16 hex digits
     "Hash a sequence of texts."
     state = sha256()
     for part in parts: state.update(part.encode() + b"\x00")
@@ -22,7 +23,7 @@ def digest(parts: Iterable[str]) -> str:  # 16 hex digits
 
 # %% ../../nbs/training/510_fingerprint.ipynb #flat
 def flatten(nest: Mapping[str, Any],  # mappings within mappings
-            prefix: str = "",
+            prefix: str = "",  # put before each name; ends in a dot, or is empty
            ) -> dict[str, str]:  # dotted name -> value as text
     "Spread nested settings into dotted names."
     out: dict[str, str] = {}
@@ -49,7 +50,7 @@ def refuse_differences(old: Mapping[str, str],  # the fingerprint in the run fol
                        new: Mapping[str, str],  # the one made now
                        accept: Collection[str] = (),  # names whose change the caller takes upon himself
                       ) -> list[str]:  # accepted differences, to be logged
-    "Refuse to resume when something differs that nobody accepted."
+    "Refuse to resume when something differs that nobody accepted (TrainingError)."
     found = differences(old, new)
     lines = {n: f"{n}: {a} -> {b}" for n, (a, b) in found.items()}
     if refused := [n for n in found if n not in accept]:

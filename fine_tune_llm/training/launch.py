@@ -23,7 +23,9 @@ from ..core.runs import Run, write_atomic
 from .processes import alone
 
 # %% ../../nbs/training/540_launch.ipynb #tail
-def last_lines(file: Path, n: int = 8) -> str:
+def last_lines(file: Path,  # a log; one that is not there is empty
+               n: int = 8,  # lines to keep where none begins with "error: "
+              ) -> str:
     "Read the error at the end of a log, or its last lines."
     lines = file.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines() if file.exists() else []
     kept = [line for line in lines if line.strip()]
@@ -36,14 +38,18 @@ class LaunchedRun(Run):
     "Hold a run that trains in a process of its own."
     process: Any = field(default=None, compare=False)  # subprocess.Popen
 
-    def wait(self, timeout: float | None = None) -> str:  # seconds; the state at the end or when the time was up
+    def wait(self,
+             timeout: float | None = None,  # seconds; None: until the end
+            ) -> str:  # the state at the end or when the time was up
         "Wait for the process, and raise what it died of."
         try: code = self.process.wait(timeout)
         except subprocess.TimeoutExpired: return self.state
         if code and self.state != "stopped": raise self.death(code)
         return self.state
 
-    def death(self, code: int) -> TrainingError:  # exit code, negative for a signal
+    def death(self,
+              code: int,  # of the process, negative for a signal
+             ) -> TrainingError:
         "Say how the process ended."
         said, log = last_lines(self.path / "process.log"), str(self.path / "process.log")
         if code > 0 and said: return TrainingError(f"the training failed: {said}", where=log, fix="mend that; then launch(..., resume=run.path)")
@@ -52,12 +58,17 @@ class LaunchedRun(Run):
 
 # %% ../../nbs/training/540_launch.ipynb #command
 def launch_command(folder: Path,  # of the run
-                   resume: bool, accept: Collection[str]) -> list[str]:
+                   resume: bool,  # go on with the run in that folder
+                   accept: Collection[str],  # names in the fingerprint that may differ
+                  ) -> list[str]:  # program and arguments
     "Say how to start the process."
     main = [sys.executable, "-c", "from fine_tune_llm.apps.cli import main; main()", "run", str(folder / "launch.yaml")]
     return [*main, *(["--resume", str(folder)] if resume else []), *(part for name in accept for part in ("--accept", name))]
 
-def prepare_folder(config: Config, folder: Path, resume: bool) -> None:
+def prepare_folder(config: Config,  # of the run; its `out` is replaced by the folder
+                   folder: Path,  # of the run
+                   resume: bool,  # the folder is there already
+                  ) -> None:
     "Write the configuration for the process, and make the folder if it is new."
     if not resume: Run.create(folder)
     settings = config.model_copy(update={"out": str(folder)}).model_dump(mode="json")
@@ -69,7 +80,7 @@ def launch(config: Config | Mapping[str, Any] | str | Path,  # a configuration, 
            resume: str | Path | None = None,  # a run folder to go on with
            accept: Collection[str] = (),  # names in the fingerprint that may differ on resume
           ) -> LaunchedRun:
-    "Start a training in a process of its own, and return at once."
+    "Start a training in a process of its own, and return at once; ConfigurationError for a configuration that cannot be read."
     try: settings = load_config(config) if isinstance(config, str | Path) else Config.model_validate(config)
     except ValidationError as e: raise ConfigurationError("; ".join(complaints(e))) from None
     place = Path(resume or out or settings.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")).resolve()

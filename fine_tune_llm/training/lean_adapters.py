@@ -20,7 +20,9 @@ class LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dropped: torch.Tensor | None,  # [..., in], and after dropout if there is some
                 weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor,  # [out, in], [out], [r, in], [out, r]
-                scaling: float) -> torch.Tensor:  # [..., out]
+                scaling: float,  # of the adapter: alpha / r, or as its method has it
+               ) -> torch.Tensor:  # [..., out]
+        "Compute x W' + bias + scaling * dropped A' B' (Hu et al. 2021, eq. 3)."
         flat, low_a, low_b = x.reshape(-1, x.shape[-1]), a.to(weight.dtype), (b * scaling).to(weight.dtype)
         source = flat if dropped is None else dropped.reshape(flat.shape)
         u = source @ low_a.T
@@ -30,7 +32,9 @@ class LowRank(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor,  # type: ignore[override] # of the output, [..., out]
+                ) -> tuple[torch.Tensor | None, ...]:  # for x, dropped, a and b, in their shapes; none for what is frozen
+        "Compute the gradients of the input and of A and B."
         source, weight, low_a, low_b, u = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         du = g @ low_b
@@ -40,14 +44,18 @@ class LowRank(torch.autograd.Function):
         return to_x, None, None, None, to_a, to_b, None
 
 # %% ../../nbs/training/507_lean_adapters.ipynb #fits
-def fits(layer: Any) -> bool:  # a module of any kind
+def fits(layer: Any,  # a module of any kind
+        ) -> bool:
     "Tell whether a layer is a plain LoRA layer."
     from peft.tuners.lora.layer import Linear
     return (type(layer) is Linear and type(layer.base_layer) is torch.nn.Linear and not layer.fan_in_fan_out and not layer.lora_variant
             and len(layer.lora_A) == 1 and not any(layer.lora_bias.values()) and not any(p.requires_grad for p in layer.base_layer.parameters()))
 
 # %% ../../nbs/training/507_lean_adapters.ipynb #forward
-def lean_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def lean_forward(layer: Any,  # of PEFT, one that `fits`
+                 x: torch.Tensor,  # input of the layer, [..., in]
+                 *args: Any, **kwargs: Any,  # anything here goes to PEFT's own forward
+                ) -> torch.Tensor:  # [..., out]
     "Stand in for the forward of a plain LoRA layer of PEFT."
     if layer.disable_adapters or layer.merged or args or kwargs or layer.active_adapters != (names := list(layer.lora_A)):
         return type(layer).forward(layer, x, *args, **kwargs)
@@ -59,7 +67,8 @@ def lean_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torc
 # %% ../../nbs/training/507_lean_adapters.ipynb #switch
 @contextmanager
 def lean_adapters(module: Any,  # a model with an adapter of PEFT
-                  on: bool = True) -> Iterator[int]:  # how many layers were taken over
+                  on: bool = True,  # False: change nothing
+                 ) -> Iterator[int]:  # how many layers were taken over
     "Run plain LoRA layers in one go."
     layers = [layer for layer in module.modules() if fits(layer)] if on else []
     for layer in layers: layer.forward = functools.partial(lean_forward, layer)

@@ -50,10 +50,19 @@ def epoch_order(lengths: Sequence[int],  # tokens of each row
 # %% ../../nbs/training/526_loop.ipynb #sampler
 class EpochOrder:
     "Give a data loader the order of the epoch that it is told."
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, processes: int = 1):
+    def __init__(self,
+                 lengths: Sequence[int],  # tokens of each row
+                 batch_size: int,  # rows in a batch, over all processes
+                 seed: int,  # of the order, with the epoch
+                 processes: int = 1,  # with 2 or more, the last step is filled up
+                ):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
         self.idle = -len(lengths) % batch_size if processes > 1 else 0  # places in the last step
-    def set_epoch(self, epoch: int) -> None: self.epoch = epoch
+    def set_epoch(self,
+                  epoch: int,  # from 0, as accelerate's loader tells it
+                 ) -> None:
+        "Choose the epoch whose order comes next."
+        self.epoch = epoch
     def __len__(self) -> int: return len(self.lengths) + self.idle
     def __iter__(self) -> Iterator[int]:
         return iter([*epoch_order(self.lengths, self.batch_size, self.seed, self.epoch), *[len(self.lengths)] * self.idle])
@@ -61,8 +70,9 @@ class EpochOrder:
 # %% ../../nbs/training/526_loop.ipynb #neighbours
 def refuse_unknown(what: str,  # the dial, such as "scheduler"
                    name: str,  # its value
-                   known: Collection[str]) -> None:
-    "Refuse a name that is not known, and show its neighbours."
+                   known: Collection[str],  # names that the dial takes
+                  ) -> None:
+    "Refuse a name that is not known, and show its neighbours (TrainingError)."
     if name in known: return
     near = get_close_matches(name, known) or sorted(known)
     raise TrainingError(f"no {what} {name!r}", fix=f"use {', '.join(map(repr, near))}")
@@ -87,7 +97,7 @@ class Settings:
     batch_size: int = 32  # rows in an optimizer step
     max_length: int | None = None  # tokens of a text, the model's limit where not given
     warmup: float = 0.06  # share of the steps until the learning rate is at its top
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of AdamW; biases have none
     seed: int = 0  # of the head, the adapter, the dropout and the order
     accumulate: int = 1  # pieces in which the rows of a step pass through the model
     scheduler: str = "linear"  # how the learning rate moves; a name of transformers
@@ -104,19 +114,22 @@ class Settings:
     def __post_init__(self) -> None: check_settings(self)
 
 # %% ../../nbs/training/526_loop.ipynb #check-settings
-def check_ranges(s: Settings) -> None:
-    "Refuse numbers that are out of range."
+def check_ranges(s: Settings,  # whose numbers are checked
+                ) -> None:
+    "Refuse numbers that are out of range (TrainingError)."
     for name in ("epochs", "learning_rate", "head_learning_rate", "batch_size", "max_length", "accumulate", "evaluate_every", "patience"):
         if getattr(s, name) is not None and not getattr(s, name) > 0: raise TrainingError(f"{name} must be above 0, got {getattr(s, name)}")
     for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "patience"):
         if getattr(s, name) is not None and getattr(s, name) != int(getattr(s, name)): raise TrainingError(f"{name} must be a whole number, got {getattr(s, name)}")
     for name in ("warmup", "target_risk"):
         if not 0 <= getattr(s, name) < 1: raise TrainingError(f"{name} must be at least 0 and below 1, got {getattr(s, name)}")
+    if not 0 <= s.weight_decay < math.inf: raise TrainingError(f"weight_decay must be 0 or more, got {s.weight_decay}")
     if s.batch_size % s.accumulate:
         raise TrainingError(f"{s.batch_size} rows cannot pass in {s.accumulate} equal pieces", fix="choose accumulate so that it divides batch_size")
 
-def check_settings(s: Settings) -> None:
-    "Refuse settings that no run could follow."
+def check_settings(s: Settings,  # whose dials are checked when they are made
+                  ) -> None:
+    "Refuse settings that no run could follow, with TrainingError, or ConfigurationError for the adapter and the loss."
     check_ranges(s)
     schedules = schedule_options()
     refuse_unknown("scheduler", s.scheduler, schedules)
@@ -130,14 +143,15 @@ def check_settings(s: Settings) -> None:
         raise ConfigurationError("AdaLoRA takes rank away until half of its steps are done, so an earlier evaluation is of another model", where="best_by", fix="leave best_by out, or pass lora=dict(method='lora')")
 
 # %% ../../nbs/training/526_loop.ipynb #unresumable
-def refuse_unresumable(settings: Settings) -> None:
-    "Refuse to resume what would not go on as it began."
+def refuse_unresumable(settings: Settings,  # of the run
+                      ) -> None:
+    "Refuse to resume what would not go on as it began (ConfigurationError)."
     if split_method(settings.lora)[0] == "adalora":
         raise ConfigurationError("a run of AdaLoRA cannot be resumed: how much each rank matters is in no checkpoint", where="resume", fix="start it anew with out=, or pass lora=dict(method='lora')")
 
 # %% ../../nbs/training/526_loop.ipynb #groups
 def parameter_groups(module: Any,  # a model with an adapter
-                     settings: Settings,
+                     settings: Settings,  # with the rates, the decay and the method
                     ) -> list[dict[str, Any]]:  # groups for a torch optimizer, the adapter's first
     "Give the adapter and the new head their own learning rates."
     head_rate, ratio = settings.head_learning_rate or 20 * settings.learning_rate, split_method(settings.lora)[1]
@@ -151,12 +165,15 @@ def parameter_groups(module: Any,  # a model with an adapter
 
 # %% ../../nbs/training/526_loop.ipynb #total-steps
 def total_steps(rows: int,  # to learn from
-                settings: Settings) -> int:
+                settings: Settings,  # with batch_size and epochs
+               ) -> int:  # 1 or more where there are rows
     "Count the optimizer steps of a run."
     return -(-rows // settings.batch_size) * int(settings.epochs)
 
 # %% ../../nbs/training/526_loop.ipynb #arguments
-def training_arguments(model: Model, settings: Settings, work: Path,  # the trainer's own folder
+def training_arguments(model: Model,  # whose device and dtype count
+                       settings: Settings,  # of the run
+                       work: Path,  # the trainer's own folder
                        steps: int,  # optimizer steps in all
                       ) -> Any:  # transformers' TrainingArguments
     "Translate settings for the Trainer."
@@ -176,7 +193,7 @@ def refuse_broken(value: Any,  # a loss, or the norm of a gradient; a tensor or 
                   step: int,  # the optimizer step that is being taken
                   names: Sequence[str],  # ids of the rows in the batch
                  ) -> None:
-    "Stop at a number that is not finite, and name the rows."
+    "Stop at a number that is not finite, and name the rows (TrainingError)."
     if math.isfinite(float(value)): return
     shown = ", ".join(names[:8]) + (f", and {len(names) - 8} more" if len(names) > 8 else "")
     raise TrainingError(f"the {what} is {float(value)} at step {step}", where=f"rows {shown}",
@@ -187,7 +204,8 @@ def ordered_trainer(lengths: Sequence[int],  # tokens of each row, for batches o
                     names: Sequence[str],  # id of each row
                     loss: Callable[[Any, dict[str, Any]], Any],  # of a module and a part of a batch, summed over its items
                     items: Callable[[dict[str, Any]], int],  # rows or tokens in a part: what the loss is a mean over
-                    settings: Settings) -> type:  # of transformers' Trainer; a batch is {"rows": numbers, "parts": [inputs, ...]}
+                    settings: Settings,  # of the run: batch_size, seed and the optimizer's groups
+                   ) -> type:  # of transformers' Trainer; a batch is {"rows": numbers, "parts": [inputs, ...]}
     "Make a Trainer that keeps our order, averages over whole steps and stops at what is not finite."
     from transformers import Trainer
     class OrderedTrainer(Trainer):
@@ -227,7 +245,8 @@ def with_penalty(value: Any,  # the sum of the losses of a part, a tensor
     return value if penalty is None else value + n * penalty
 
 def finish_trainer(trainer: Any,  # transformers' Trainer
-                   module: Any) -> Any:  # the same Trainer
+                   module: Any,  # with its adapter
+                  ) -> Any:  # the same Trainer
     "Let a trainer print nothing, and take rank away where the adapter wants it."
     from transformers.trainer_callback import PrinterCallback
     trainer.remove_callback(PrinterCallback)
@@ -235,17 +254,22 @@ def finish_trainer(trainer: Any,  # transformers' Trainer
     return trainer
 
 # %% ../../nbs/training/526_loop.ipynb #zero
-def torch_zero(device: Any) -> Any:  # a float32 scalar there
+def torch_zero(device: Any,  # torch's, or its name
+              ) -> Any:  # a float32 scalar there
     "Start a sum."
     import torch
     return torch.zeros((), device=device)
 
 # %% ../../nbs/training/526_loop.ipynb #collate
-def class_rows(ids: Sequence[list[int]], y: np.ndarray) -> list[dict[str, Any]]:  # with input_ids, labels and the number of the row
+def class_rows(ids: Sequence[list[int]],  # token ids of n rows
+               y: np.ndarray,  # true classes, shape [n]
+              ) -> list[dict[str, Any]]:  # with input_ids, labels and the number of the row
     "Lay out the rows of a classifier."
     return [{"input_ids": i, "labels": int(k), "row": n} for n, (i, k) in enumerate(zip(ids, y))]
 
-def with_idle(rows: list[dict[str, Any]], processes: int) -> list[dict[str, Any]]:  # one more, without a number, for idle places
+def with_idle(rows: list[dict[str, Any]],  # of `class_rows`, at least one
+              processes: int,  # that train together
+             ) -> list[dict[str, Any]]:  # one more, without a number, for idle places
     "Let several processes end an epoch together."
     return [*rows, {**rows[0], "row": -1}] if processes > 1 else rows
 
@@ -257,7 +281,13 @@ def class_collate(batch: Sequence[Mapping[str, Any]],  # of `class_rows`
     return {"parts": [pad([{k: r[k] for k in ("input_ids", "labels")} for r in known or batch[:1]])], "rows": [r["row"] for r in known]}
 
 # %% ../../nbs/training/526_loop.ipynb #trainer
-def make_trainer(model: Model, module: Any, ids: list[list[int]], y: np.ndarray, settings: Settings, work: Path, listener: Any,
+def make_trainer(model: Model,  # whose padding, device and dtype to use
+                 module: Any,  # a torch classifier with its adapter
+                 ids: list[list[int]],  # token ids of n rows
+                 y: np.ndarray,  # true classes, shape [n]
+                 settings: Settings,  # of the run
+                 work: Path,  # the trainer's own folder
+                 listener: Any,  # a transformers TrainerCallback
                  names: Sequence[str] = (),  # id of each row, for errors; its number where not given
                 ) -> Any:  # transformers' Trainer
     "Set up the training loop of a classifier."

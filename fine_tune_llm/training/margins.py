@@ -27,7 +27,7 @@ from ..uncertainty.predictions import Predictions
 
 # %% ../../nbs/training/552_margins.ipynb #truth
 def answer_template(prompts: Sequence[Any],  # texts, or lists of turns
-                    tokenizer: Any,
+                    tokenizer: Any,  # asked whether it has a chat template
                     template: Template | str | None = None,  # of rows with prompt and completion; None to choose
                    ) -> Template:
     "Choose how a prompt and an answer become text."
@@ -37,7 +37,8 @@ def answer_template(prompts: Sequence[Any],  # texts, or lists of turns
 
 # %% ../../nbs/training/552_margins.ipynb #answer-truth
 def answer_truth(prompts: Sequence[Any], answers: Sequence[str],  # n each
-                 tokenizer: Any, template: Template,
+                 tokenizer: Any,  # of the model
+                 template: Template,  # from `answer_template`
                  max_length: int,  # tokens that prompt and answer may have
                 ) -> DataTruth:  # of n rows; what is cut is told, not refused
     "Find out what becomes of each token of each answer."
@@ -45,7 +46,8 @@ def answer_truth(prompts: Sequence[Any], answers: Sequence[str],  # n each
     return data_truth(rows, tokenizer, template, max_length, on_cut="keep")
 
 # %% ../../nbs/training/552_margins.ipynb #pieces
-def pieces(truth: DataTruth) -> list[tuple[list[int], list[int]]]:  # token ids before the answer, and of it
+def pieces(truth: DataTruth,  # from `answer_truth`
+          ) -> list[tuple[list[int], list[int]]]:  # token ids before the answer, and of it
     "Cut each row where its answer begins, and end it where the answer ends."
     found = []
     for a, b in zip(truth.start, truth.start[1:]):
@@ -65,10 +67,11 @@ class AnswerTokens:
     def __len__(self) -> int: return len(self.rows)
 
 # %% ../../nbs/training/552_margins.ipynb #whole
-def refuse_cut(held: Pairs | Judgements,
+def refuse_cut(held: Pairs | Judgements,  # that were cut, for the message
                cut: np.ndarray,  # bool [sides, n], True where an answer lost tokens
-               truth: DataTruth) -> None:
-    "Refuse answers that lost their end."
+               truth: DataTruth,  # of all sides, one after the other
+              ) -> None:
+    "Refuse answers that lost their end (DataError)."
     lost, longest = np.flatnonzero(cut.any(0)), int(truth.table["tokens"].max())
     sides = f" ({cut[0].sum()} chosen, {cut[1].sum()} rejected)" if len(cut) == 2 else ""
     fits = f"max_length={longest} cuts none where the model allows it; " if longest > (truth.max_length or 0) else ""
@@ -76,11 +79,13 @@ def refuse_cut(held: Pairs | Judgements,
                     f"{fits}on_cut='drop' leaves these rows out, 'keep' trains on what is left")
 
 # %% ../../nbs/training/552_margins.ipynb #answer-tokens
-def answer_tokens(held: Pairs | Judgements, tokenizer: Any, template: Template,
+def answer_tokens(held: Pairs | Judgements,  # n pairs or judgements
+                  tokenizer: Any,  # of the model
+                  template: Template,  # from `answer_template`
                   max_length: int,  # tokens that prompt and answer may have
                   on_cut: str = "refuse",  # an answer that loses tokens: "refuse", "drop" its row, or "keep" what is left
                  ) -> AnswerTokens:
-    "Turn pairs or judgements into tokens, and refuse what would be lost."
+    "Turn pairs or judgements into tokens, and refuse what would be lost (DataError)."
     sides = (held.chosen, held.rejected) if isinstance(held, Pairs) else (held.answers,)
     truth = answer_truth(held.prompts * len(sides), [a for side in sides for a in side], tokenizer, template, max_length)
     cut = truth.table["answer_cut"].to_numpy().reshape(len(sides), len(held))
@@ -108,13 +113,13 @@ def answer_logprobs(module: Any,  # a torch language model
                     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],  # token ids, n each
                     most: int = 2**25,  # logits held at a time
                    ) -> np.ndarray:  # sum of log probabilities, float64, shape [n]
-    "Compute the log probability of each answer after its prompt."
+    "Compute the log probability of each answer after its prompt; InferenceError for numbers that are not finite."
     import torch
     out, training = np.empty(len(answers)), module.training
     module.eval()
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers)]
     with torch.inference_mode():
-        for rows in batches(lengths, max(1, most // (max(lengths, default=1) * module.config.vocab_size))):
+        for rows in batches(lengths, max(1, most // (max(lengths, default=1) * module.config.get_text_config().vocab_size))):
             wide = max(lengths[i] for i in rows)
             ids = torch.tensor([[*prompts[i], *answers[i], *[0] * (wide - lengths[i])] for i in rows], device=module.device)
             places = torch.arange(wide, device=module.device)
@@ -133,18 +138,20 @@ def answer_scores(method: str,  # dpo, kto or orpo
                   reference: np.ndarray | None,  # the same under the untuned model; orpo has none
                   tokens: np.ndarray,  # of each answer, shape [n]
                  ) -> np.ndarray:  # shape [n]; differences are log odds
-    "Score answers as the loss of the method does."
+    "Score answers as the loss of the method does (Rafailov et al. 2023, equation 5; Hong et al. 2024); InferenceError without a reference."
     if method == "orpo": return policy / tokens - np.log(-np.expm1(np.minimum(policy / tokens, -1e-12)))
     if reference is None: raise InferenceError(f"{method} needs the log probabilities of the untuned model")
     return beta * (policy - reference)
 
 # %% ../../nbs/training/552_margins.ipynb #lots
-def lots(ids: Sequence[str] | np.ndarray) -> np.ndarray:  # 0 where the chosen answer stands first, 1 where second; shape [n]
+def lots(ids: Sequence[str] | np.ndarray,  # of n pairs
+        ) -> np.ndarray:  # 0 where the chosen answer stands first, 1 where second; shape [n]
     "Draw the order of each pair from its id."
     return np.array([sha256(f"order {i}".encode()).digest()[0] % 2 for i in ids], dtype=np.int64)
 
 # %% ../../nbs/training/552_margins.ipynb #choice-it
-def choice_predictions(pairs: Pairs, chosen: np.ndarray, rejected: np.ndarray,  # score of each answer, shape [n]
+def choice_predictions(pairs: Pairs,  # n pairs, their ids fix which answer is shown first
+                       chosen: np.ndarray, rejected: np.ndarray,  # score of each answer, shape [n]
                        split: str = "", source: str = "",  # as in `Predictions`
                        seen: Mapping[str, frozenset[str]] | None = None,  # stage -> ids of the pairs that it used
                       ) -> Predictions:  # of the classes first and second
@@ -156,20 +163,22 @@ def choice_predictions(pairs: Pairs, chosen: np.ndarray, rejected: np.ndarray,  
                        texts=[opening(p) for p in pairs.prompts], split=split, source=source, seen=seen or {})
 
 # %% ../../nbs/training/552_margins.ipynb #figures
-def margins(preds: Predictions) -> np.ndarray:  # score of the preferred answer less that of the other, shape [n]
+def margins(preds: Predictions,  # from `choice_predictions`, with true classes
+           ) -> np.ndarray:  # score of the preferred answer less that of the other, shape [n]
     "Take the margins out of predictions."
     p, y = preds.log_probs, preds.require_y("a margin")
     return p[np.arange(len(y)), y] - p[np.arange(len(y)), 1 - y]
 
 # %% ../../nbs/training/552_margins.ipynb #preference-figures
-def preference_figures(preds: Predictions,
+def preference_figures(preds: Predictions,  # from `choice_predictions`, with true classes
                        n_boot: int = 200,  # draws for the interval of the calibration error
                       ) -> dict[str, Estimate]:  # accuracy, margin, nll, brier, ece
     "Measure a model of preferences."
     return {"accuracy": accuracy(preds), "margin": mean(margins(preds), "margin"), "nll": nll(preds), "brier": brier(preds), "ece": ece(preds, n_boot=n_boot)}
 
 # %% ../../nbs/training/552_margins.ipynb #flat-figures
-def flat_figures(found: Mapping[str, Estimate]) -> dict[str, float]:  # name, name_low, name_high, and the null of ece
+def flat_figures(found: Mapping[str, Estimate],  # from `preference_figures`
+                ) -> dict[str, float]:  # name, name_low, name_high, and the null of ece
     "Spread estimates into the plain numbers of an event."
     plain = {f"{k}{end}": v for k, e in found.items() for end, v in (("", e.value), ("_low", e.low), ("_high", e.high))}
     return plain | {f"{k}_null": e.null for k, e in found.items() if e.null is not None}

@@ -86,7 +86,7 @@ def assert_packing(module: Any,  # a causal language model
                    tolerance: float = 1e-5,  # in float32, as a share of the largest hidden state; 3,000 times that in bfloat16
                    **how: Any,  # further arguments for the body
                   ) -> None:
-    "Refuse to pack where documents see one another."
+    "Refuse to pack where documents see one another (TrainingError)."
     import torch
     alone, beside = packing_errors(module, rows, **how)
     exact = {p.dtype for p in module.parameters()} == {torch.float32}

@@ -67,33 +67,50 @@ Reward = Callable[[str, str], float]  # of a prompt and an answer
 @dataclass(frozen=True, repr=False, eq=False)
 class PreferenceRun(Run):
     "Hold a run that learns from preferences in this process, and judge pairs with what it learned."
-    model: Model | None = None
-    train: Pairs | Judgements | None = None
-    validation: Pairs | None = None
-    settings: PreferenceSettings = field(default_factory=PreferenceSettings)
-    template: Template | None = None
-    rewards: tuple[Reward, ...] = ()
+    model: Model | None = None  # that is tuned; None where the run is only read
+    train: Pairs | Judgements | None = None  # rows to learn from
+    validation: Pairs | None = None  # to measure on after each epoch; None: not measured
+    settings: PreferenceSettings = field(default_factory=PreferenceSettings)  # the dials
+    template: Template | None = None  # how prompt and answer become text
+    rewards: tuple[Reward, ...] = ()  # of grpo; they are added
     box: dict[str, Any] = field(default_factory=dict)  # thread, module, error
 
-    def wait(self, timeout: float | None = None) -> str:  # seconds; the state at the end or when the time was up
+    def wait(self,
+             timeout: float | None = None,  # seconds; None: until the end
+            ) -> str:  # the state at the end or when the time was up
         "Wait for the training thread, and raise what it raised."
         if thread := self.box.get("thread"): thread.join(timeout)
         if error := self.box.get("error"): raise error
         return self.state
 
-    def close(self) -> None: close_run(self, self.box)  # stop training, and free the model
+    def close(self) -> None:
+        "Stop training in this process, and free the model."
+        close_run(self, self.box)
 
-    def predict(self, pairs: Pairs, name: str = "") -> Predictions: return predict_pairs(self, pairs, name or pairs.name)
-    def figures(self, pairs: Pairs) -> dict[str, Estimate]: return figures_of(self, trained_module(self), pairs)  # type: ignore[arg-type]
+    def predict(self,
+                pairs: Pairs,  # n pairs, with ids of their own
+                name: str = "",  # of the split and of the file, that of the pairs where not given
+               ) -> Predictions:  # which of two answers is preferred, n rows
+        "Judge pairs, and keep the predictions in the run folder."
+        return predict_pairs(self, pairs, name or pairs.name)
+    def figures(self,
+                pairs: Pairs,  # or, for grpo, prompts from `as_pairs`
+               ) -> dict[str, Estimate]:  # measure -> value with its interval
+        "Measure what was learned: on pairs, or for grpo by its rewards."
+        return figures_of(self, trained_module(self), pairs)  # type: ignore[arg-type]
 
 # %% ../../nbs/training/556_preference.ipynb #prompts
-def as_pairs(prompts: Sequence[Any]) -> Pairs:  # with empty answers
+def as_pairs(prompts: Sequence[Any],  # texts, or lists of turns
+            ) -> Pairs:  # with empty answers
     "Hold prompts, each once, where pairs are expected."
     once = list({key(p): p for p in prompts}.values())
     return Pairs(once, [""] * len(once), [""] * len(once), np.array([digest([key(p)]) for p in once]), np.arange(1, len(once) + 1), "prompts")
 
 # %% ../../nbs/training/556_preference.ipynb #prompt-texts
-def prompt_texts(prompts: Sequence[Any], tokenizer: Any, template: Template) -> list[str]:
+def prompt_texts(prompts: Sequence[Any],  # texts, or lists of turns
+                 tokenizer: Any,  # of the model
+                 template: Template,  # of the run
+                ) -> list[str]:  # one per prompt; a first token that the tokenizer adds itself is left out
     "Render prompts up to where an answer begins."
     texts, bos = [], tokenizer.bos_token
     for p in prompts:
@@ -103,13 +120,16 @@ def prompt_texts(prompts: Sequence[Any], tokenizer: Any, template: Template) -> 
     return texts
 
 # %% ../../nbs/training/556_preference.ipynb #tokens-of
-def tokens_of(run: PreferenceRun, held: Pairs | Judgements) -> AnswerTokens:
+def tokens_of(run: PreferenceRun,  # whose tokenizer, template and lengths to use
+              held: Pairs | Judgements,  # rows; what is too long goes as on_cut says
+             ) -> AnswerTokens:
     "Turn rows into tokens as the run does."
     assert run.model and run.template
     return answer_tokens(held, run.model.tokenizer, run.template, longest_input(run.model, run.settings.max_length), run.settings.on_cut)
 
 # %% ../../nbs/training/556_preference.ipynb #run-records
-def run_records(run: PreferenceRun) -> list[dict[str, Any]]:  # as the trainer of the method takes them
+def run_records(run: PreferenceRun,  # that is about to train; gets warnings
+               ) -> list[dict[str, Any]]:  # as the trainer of the method takes them
     "Settle what is trained on, and write down what is left out."
     s, held = run.settings, run.train
     assert run.model and run.template and held
@@ -140,9 +160,11 @@ def head_scores(module: Any,  # a torch model with one output
     return out
 
 # %% ../../nbs/training/556_preference.ipynb #side-scores
-def side_scores(run: PreferenceRun, module: Any,  # a torch model with the adapter
-                t: AnswerTokens) -> list[np.ndarray]:  # per side the score of each answer, shape [m]
-    "Score the answers of pairs as the loss of the method does."
+def side_scores(run: PreferenceRun,  # whose method and beta to use; keeps the scores of the reference
+                module: Any,  # a torch model with the adapter
+                t: AnswerTokens,  # of pairs: two sides
+               ) -> list[np.ndarray]:  # per side the score of each answer, shape [m]
+    "Score the answers of pairs as the loss of the method does; TrainingError for grpo."
     s, model = run.settings, run.model
     assert model
     if s.method == "reward": return [head_scores(module, [p + a for p, a in zip(t.prompts, side)], model.tokenizer.pad_token_id) for side in t.answers]
@@ -156,7 +178,11 @@ def side_scores(run: PreferenceRun, module: Any,  # a torch model with the adapt
     return found
 
 # %% ../../nbs/training/556_preference.ipynb #predict
-def judge(run: PreferenceRun, module: Any, pairs: Pairs, split: str) -> Predictions:
+def judge(run: PreferenceRun,  # whose tokenizer, method and fingerprint to use
+          module: Any,  # a torch model with the adapter
+          pairs: Pairs,  # n pairs
+          split: str,  # name of the split, for the predictions
+         ) -> Predictions:
     "Say of each pair which answer is preferred."
     t = tokens_of(run, pairs)
     if len(t) < len(pairs): run.log("warning", message=f"{split or 'pairs'}: {t.notes[0]}")
@@ -165,7 +191,8 @@ def judge(run: PreferenceRun, module: Any, pairs: Pairs, split: str) -> Predicti
     return choice_predictions(pairs.take(t.rows), chosen, rejected, split, digest(run.read_json("fingerprint.json").values()), seen)
 
 # %% ../../nbs/training/556_preference.ipynb #predict-pairs
-def predict_pairs(run: PreferenceRun, pairs: Pairs,
+def predict_pairs(run: PreferenceRun,  # that has ended
+                  pairs: Pairs,  # n pairs
                   name: str,  # of the split, and of the file
                  ) -> Predictions:
     "Judge pairs, and keep the predictions in the run folder."
@@ -176,9 +203,12 @@ def predict_pairs(run: PreferenceRun, pairs: Pairs,
     return preds
 
 # %% ../../nbs/training/556_preference.ipynb #answers
-def greedy_answers(module: Any, tokenizer: Any, prompts: Sequence[str],  # rendered up to the answer
+def greedy_answers(module: Any,  # a torch language model
+                   tokenizer: Any,  # of the model
+                   prompts: Sequence[str],  # rendered up to the answer
                    most: int,  # tokens of an answer
-                   size: int = 16) -> list[str]:
+                   size: int = 16,  # prompts in a batch, at most
+                  ) -> list[str]:  # one answer per prompt
     "Answer each prompt with the most probable token at every place."
     import torch
     out, training = [""] * len(prompts), module.training
@@ -193,7 +223,10 @@ def greedy_answers(module: Any, tokenizer: Any, prompts: Sequence[str],  # rende
     return out
 
 # %% ../../nbs/training/556_preference.ipynb #figures
-def figures_of(run: PreferenceRun, module: Any, pairs: Pairs) -> dict[str, Estimate]:
+def figures_of(run: PreferenceRun,  # whose method decides what is measured
+               module: Any,  # a torch model with the adapter
+               pairs: Pairs,  # to measure on; of grpo the prompts alone
+              ) -> dict[str, Estimate]:  # measure -> value with its interval
     "Measure what was learned: on pairs, or for grpo by its rewards."
     if run.settings.method != "grpo": return preference_figures(judge(run, module, pairs, pairs.name))
     assert run.model and run.template
@@ -205,7 +238,8 @@ def figures_of(run: PreferenceRun, module: Any, pairs: Pairs) -> dict[str, Estim
 TOLD = {"rewards/margins": "margin", "margin": "margin", "rewards/accuracies": "accuracy", "accuracy": "accuracy", "reward": "reward",
         "reward_std": "reward_sd", "kl": "kl", "completions/mean_length": "answer_tokens"}  # name in TRL -> name in the event
 
-def reward_listener(run: Run) -> Any:  # transformers' TrainerCallback
+def reward_listener(run: Run,  # that gets the events
+                   ) -> Any:  # transformers' TrainerCallback
     "Write the rewards of the training batches into the events."
     from transformers.trainer_callback import TrainerCallback
     class Rewards(TrainerCallback):
@@ -215,7 +249,10 @@ def reward_listener(run: Run) -> Any:  # transformers' TrainerCallback
     return Rewards()
 
 # %% ../../nbs/training/556_preference.ipynb #job
-def train_preference(run: PreferenceRun, resume: bool, progress: Callable[[int, int, str], None] | None) -> None:
+def train_preference(run: PreferenceRun,  # that was opened; its box gets the model or the error
+                     resume: bool,  # from its last checkpoint
+                     progress: Callable[[int, int, str], None] | None,  # called with step, total and a note; or None
+                    ) -> None:
     "Train, and write down how it went."
     flag = threading.Event()
     try:
@@ -223,7 +260,9 @@ def train_preference(run: PreferenceRun, resume: bool, progress: Callable[[int, 
     except BaseException as e: note_failure(run, run.box, e)
 
 # %% ../../nbs/training/556_preference.ipynb #train-on
-def train_on_preferences(run: PreferenceRun, resume: bool, progress: Callable[[int, int, str], None] | None,
+def train_on_preferences(run: PreferenceRun,  # that was opened
+                         resume: bool,  # from its last checkpoint
+                         progress: Callable[[int, int, str], None] | None,  # called with step, total and a note; or None
                          flag: threading.Event,  # set by an interrupt
                         ) -> tuple[Any, Any, Any, Any]:  # module, transformers' TrainerState, listener, referee
     "Build what a method needs, and train it to its end or to a stop."
@@ -242,20 +281,23 @@ def train_on_preferences(run: PreferenceRun, resume: bool, progress: Callable[[i
     return trainer.model, trainer.state, listener, referee
 
 # %% ../../nbs/training/556_preference.ipynb #fingerprint
-def content(held: Pairs | Judgements | None) -> str:  # 16 hex digits, "none" without rows
+def content(held: Pairs | Judgements | None,  # rows in their order
+           ) -> str:  # 16 hex digits, "none" without rows
     "Hash what rows say, in their order."
     if held is None: return "none"
     sides = (held.chosen, held.rejected) if isinstance(held, Pairs) else (held.answers, held.good)
     return digest(key(p, a, b) for p, a, b in zip(held.prompts, *sides))
 
 # %% ../../nbs/training/556_preference.ipynb #reward-source
-def reward_source(reward: Reward) -> str:  # 16 hex digits
+def reward_source(reward: Reward,  # a function, or an object that can be called
+                 ) -> str:  # 16 hex digits
     "Hash the code of a reward function."
     try: return digest([inspect.getsource(reward)])
     except (OSError, TypeError): return digest([getattr(reward, "__qualname__", type(reward).__qualname__)])
 
 # %% ../../nbs/training/556_preference.ipynb #preference-fingerprint
-def preference_fingerprint(run: PreferenceRun) -> dict[str, str]:  # dotted name -> value
+def preference_fingerprint(run: PreferenceRun,  # all but its folder
+                          ) -> dict[str, str]:  # dotted name -> value
     "Write down all that decides the result."
     import torch
     model, s = run.model, run.settings
@@ -270,7 +312,11 @@ def preference_fingerprint(run: PreferenceRun) -> dict[str, str]:  # dotted name
 
 # %% ../../nbs/training/556_preference.ipynb #open
 def open_preference(run: PreferenceRun,  # all but its folder
-                    out: str | Path | None, resume: str | Path | None, accept: Collection[str], sections: Mapping[str, Any]) -> PreferenceRun:
+                    out: str | Path | None,  # the run folder, runs/DATE-MODEL where not given
+                    resume: str | Path | None,  # a run folder to go on with
+                    accept: Collection[str],  # names in the fingerprint that may differ
+                    sections: Mapping[str, Any],  # more sections for the config.yaml
+                   ) -> PreferenceRun:
     "Start a run folder, or take up one that matches."
     now, model, s = preference_fingerprint(run), run.model, run.settings
     assert model
@@ -287,8 +333,12 @@ def open_preference(run: PreferenceRun,  # all but its folder
     return PreferenceRun(place.path, model, run.train, run.validation, s, run.template, run.rewards)
 
 # %% ../../nbs/training/556_preference.ipynb #check
-def check_rows(s: PreferenceSettings, held: Any, validation: Any, rewards: Sequence[Reward]) -> tuple[Any, Any]:  # rows for training, for validation
-    "Refuse rows from which a method can't learn."
+def check_rows(s: PreferenceSettings,  # whose method decides which rows it takes
+               held: Any,  # rows for training; for grpo also prompts
+               validation: Any,  # pairs or None; for grpo also prompts
+               rewards: Sequence[Reward],  # functions of grpo; other methods have none
+              ) -> tuple[Any, Any]:  # rows for training, for validation
+    "Refuse rows from which a method can't learn (ConfigurationError)."
     if s.method == "grpo":
         if not rewards: raise ConfigurationError("grpo needs a reward", fix="pass reward_functions=[f] with f(prompt, answer) -> float")
         return as_pairs(getattr(held, "prompts", held)), None if validation is None else as_pairs(getattr(validation, "prompts", validation))
@@ -313,7 +363,7 @@ def prefer(model: Model,  # from `load_model`
            batch_size: int = 8,  # pairs, judgements, or for grpo answers in an optimizer step
            max_length: int | None = None,  # tokens of prompt and answer, the model's limit where not given
            warmup: float = 0.06,  # share of the steps until the learning rate is at its top
-           weight_decay: float = 0.0,
+           weight_decay: float = 0.0,  # of AdamW; biases have none
            seed: int = 0,  # of the adapter, the head, the order and the sampling
            on_cut: str = "refuse",  # an answer that is too long: "refuse", "drop" its row, or "keep" what is left
            template: Template | str | None = None,  # of rows with prompt and completion; None to choose

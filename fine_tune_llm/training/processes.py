@@ -21,19 +21,22 @@ def alone() -> dict[str, str]:  # an environment for a process that starts by it
     return {k: v for k, v in os.environ.items() if k not in ours}
 
 # %% ../../nbs/training/517_processes.ipynb #talk
-def connect(cpu: bool) -> None:  # whether to talk through the processor (gloo) or the cards (NCCL)
+def connect(cpu: bool,  # talk through the processor (gloo), else through the cards (NCCL)
+           ) -> None:
     "Join the other processes, if there are any."
     if world()[1] > 1:
         from accelerate import PartialState
         PartialState(cpu=cpu)
 
-def gather(value: Any) -> list[Any]:  # what each process has to say, in their order
+def gather(value: Any,  # of this process, one that pickle can carry
+          ) -> list[Any]:  # what each process has to say, in their order
     "Hear all processes."
     if world()[1] == 1: return [value]
     from accelerate.utils import gather_object
     return list(gather_object([value]))
 
-def mean_count(count: int) -> float | int:  # rows or tokens of a step here; per process, on average
+def mean_count(count: int,  # rows or tokens of a step here
+              ) -> float | int:  # per process, on average
     "Average a count over the processes."
     counts = gather(count)
     return sum(counts) / len(counts) if len(counts) > 1 else count

@@ -26,8 +26,9 @@ from .margins import AnswerTokens
 # %% ../../nbs/training/554_recipes.ipynb #methods
 METHODS = {"dpo": "DPO", "orpo": "ORPO", "kto": "KTO", "reward": "Reward", "grpo": "GRPO"}  # method -> name in TRL
 
-def trl_classes(method: str) -> tuple[Any, Any]:  # the configuration and the trainer
-    "Find a method in TRL."
+def trl_classes(method: str,  # one of METHODS
+               ) -> tuple[Any, Any]:  # the configuration and the trainer
+    "Find a method in TRL; ConfigurationError for an unknown method, or without TRL."
     if method not in METHODS: raise ConfigurationError(f"no method {method!r}", fix=f"use one of {', '.join(METHODS)}")
     try:
         home = import_module("trl.experimental.orpo" if method == "orpo" else "trl")
@@ -36,7 +37,8 @@ def trl_classes(method: str) -> tuple[Any, Any]:  # the configuration and the tr
         raise ConfigurationError(f"method {method!r} needs TRL, which cannot be imported: {e}", fix="pip install 'fine_tune_llm[prefer]'") from None
 
 # %% ../../nbs/training/554_recipes.ipynb #is-unstable
-def is_unstable(method: str) -> bool:
+def is_unstable(method: str,  # one of METHODS
+               ) -> bool:
     "Tell whether TRL may change or drop a method in any release."
     return trl_classes(method)[1].__module__.startswith("trl.experimental")
 
@@ -54,7 +56,7 @@ class PreferenceSettings:
     batch_size: int = 8  # pairs, judgements, or for grpo answers in an optimizer step
     max_length: int | None = None  # tokens of prompt and answer, the model's limit where not given
     warmup: float = 0.06  # share of the steps until the learning rate is at its top; it then falls to 0
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of AdamW; biases have none
     seed: int = 0  # of the adapter, the head, the order and the sampling
     on_cut: str = "refuse"  # an answer that is too long: "refuse", "drop" or "keep" what is left
     generations: int = 4  # grpo: answers drawn to each prompt
@@ -63,14 +65,19 @@ class PreferenceSettings:
 
     def __post_init__(self) -> None: check_settings(self)
     @property
-    def loss_beta(self) -> float: return BETA.get(self.method, 0.0) if self.beta is None else self.beta
+    def loss_beta(self) -> float:
+        "Give the beta of the loss, the usual one of the method where none was given."
+        return BETA.get(self.method, 0.0) if self.beta is None else self.beta
 
 # %% ../../nbs/training/554_recipes.ipynb #check
-def check_settings(s: PreferenceSettings) -> None:
-    "Refuse dials that are out of range or would do nothing."
+def check_settings(s: PreferenceSettings,  # whose dials are checked when they are made
+                  ) -> None:
+    "Refuse dials that are out of range or would do nothing, with TrainingError for a range, else ConfigurationError."
     trl_classes(s.method)
     for name in ("epochs", "learning_rate", "batch_size", "generations", "answer_length"):
         if not getattr(s, name) > 0: raise TrainingError(f"{name} must be above 0, got {getattr(s, name)}")
+    if not 0 <= s.warmup < 1: raise TrainingError(f"warmup must be at least 0 and below 1, got {s.warmup}")
+    if not 0 <= s.weight_decay < math.inf: raise TrainingError(f"weight_decay must be 0 or more, got {s.weight_decay}")
     if s.on_cut not in ("refuse", "drop", "keep"): raise ConfigurationError(f"no on_cut={s.on_cut!r}", fix="use 'refuse', 'drop' or 'keep'")
     if s.beta is not None and (s.method == "reward" or not s.beta >= 0): raise ConfigurationError(f"beta={s.beta} for {s.method}", fix="reward has no beta; give 0 or more to the others")
     if s.method == "grpo" and (s.generations < 2 or s.batch_size % s.generations):
@@ -80,10 +87,12 @@ def check_settings(s: PreferenceSettings) -> None:
     lora_config(s.lora)
 
 # %% ../../nbs/training/554_recipes.ipynb #arguments
-def trl_arguments(model: Model, s: PreferenceSettings, work: Path,  # the trainer's own folder
+def trl_arguments(model: Model,  # whose device and dtype count
+                  s: PreferenceSettings,  # the dials; `options` may not set what they set
+                  work: Path,  # the trainer's own folder
                   steps: int,  # optimizer steps in all
                  ) -> Any:  # a configuration of TRL
-    "Translate the dials for TRL."
+    "Translate the dials for TRL; ConfigurationError for options that are unknown or ours."
     kind, rows = trl_classes(s.method)[0], s.batch_size
     ours: dict[str, Any] = dict(
         output_dir=str(work), num_train_epochs=s.epochs, per_device_train_batch_size=rows, gradient_accumulation_steps=1, learning_rate=s.learning_rate,
@@ -101,23 +110,28 @@ def trl_arguments(model: Model, s: PreferenceSettings, work: Path,  # the traine
     with quiet(): return kind(**ours, **s.options)
 
 # %% ../../nbs/training/554_recipes.ipynb #rows
-def pair_records(t: AnswerTokens, reward: bool = False) -> list[dict[str, Any]]:
+def pair_records(t: AnswerTokens,  # with two sides
+                 reward: bool = False,  # join prompt and answer, as a reward model reads them
+                ) -> list[dict[str, Any]]:
     "Write pairs as DPO takes them, or as a reward model does."
     found = zip(t.prompts, *t.answers)
     return [{"chosen_ids": p + a, "rejected_ids": p + b} if reward else {"prompt_ids": p, "chosen_ids": a, "rejected_ids": b} for p, a, b in found]
 
 # %% ../../nbs/training/554_recipes.ipynb #orpo-rows
-def orpo_records(t: AnswerTokens) -> list[dict[str, Any]]:
+def orpo_records(t: AnswerTokens,  # with two sides
+                ) -> list[dict[str, Any]]:
     "Write pairs as ORPO takes them."
     def side(name: str, p: list[int], a: list[int]) -> dict[str, Any]:
         return {f"{name}_input_ids": p + a, f"{name}_attention_mask": [1] * len(p + a), f"{name}_labels": [-100] * len(p) + a}
     return [{"prompt_input_ids": p, "prompt_attention_mask": [1] * len(p), **side("chosen", p, a), **side("rejected", p, b)} for p, a, b in zip(t.prompts, *t.answers)]
 
 # %% ../../nbs/training/554_recipes.ipynb #kto-rows
-def kto_records(t: AnswerTokens,
+def kto_records(t: AnswerTokens,  # of judgements: m answers on one side
                 good: Sequence[bool],  # True where the answer was liked, m
-                batch_size: int, seed: int) -> list[dict[str, Any]]:
-    "Write judgements as KTO takes them, each with the answer of its neighbour."
+                batch_size: int,  # judgements in a step: neighbours are within it
+                seed: int,  # of the order
+               ) -> list[dict[str, Any]]:
+    "Write judgements as KTO takes them, each with the answer of its neighbour (Ethayarajh et al. 2024)."
     order = np.random.default_rng(seed).permutation(len(t)).tolist()
     records = []
     for block in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
@@ -128,7 +142,7 @@ def kto_records(t: AnswerTokens,
 # %% ../../nbs/training/554_recipes.ipynb #reward
 def trl_reward(reward: Callable[[str, str], float],  # of a prompt and an answer
               ) -> Callable[..., list[float]]:  # of batches, as TRL asks it
-    "Ask a plain function for each answer of a batch."
+    "Ask a plain function for each answer of a batch; TrainingError for one that gives no finite number."
     name = getattr(reward, "__name__", type(reward).__name__)
     def ask(prompts: Sequence[str], completions: Sequence[str], **rest: Any) -> list[float]:
         found = [reward(p, c) for p, c in zip(prompts, completions)]
@@ -140,7 +154,9 @@ def trl_reward(reward: Callable[[str, str], float],  # of a prompt and an answer
     return ask
 
 # %% ../../nbs/training/554_recipes.ipynb #base
-def build_base(model: Model, s: PreferenceSettings) -> Any:  # transformers' PreTrainedModel
+def build_base(model: Model,  # from `load_model`
+               s: PreferenceSettings,  # the method, and the seed of a new head
+              ) -> Any:  # transformers' PreTrainedModel
     "Read the weights that a method starts from."
     from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForSequenceClassification
@@ -148,7 +164,8 @@ def build_base(model: Model, s: PreferenceSettings) -> Any:  # transformers' Pre
     return prepare_model_for_kbit_training(module, use_gradient_checkpointing=False) if model.quantize else module
 
 # %% ../../nbs/training/554_recipes.ipynb #closed
-def closed_trainer(kind: Any) -> Any:  # a class below `kind`
+def closed_trainer(kind: Any,  # a trainer of TRL
+                  ) -> Any:  # a class below `kind`
     "Close the doors of a trainer of TRL that lead out of the run folder."
     class Closed(kind):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any: return dataset
@@ -159,8 +176,10 @@ def closed_trainer(kind: Any) -> Any:  # a class below `kind`
     return Closed
 
 # %% ../../nbs/training/554_recipes.ipynb #make
-def make_preference_trainer(model: Model, records: Sequence[Mapping[str, Any]],  # rows of the method
-                            s: PreferenceSettings, work: Path,  # the trainer's own folder
+def make_preference_trainer(model: Model,  # from `load_model`
+                            records: Sequence[Mapping[str, Any]],  # rows of the method
+                            s: PreferenceSettings,  # the dials
+                            work: Path,  # the trainer's own folder
                             listeners: Sequence[Any],  # transformers' TrainerCallback
                             rewards: Sequence[Callable[..., Any]] = (),  # of `trl_reward`, for grpo
                            ) -> Any:  # transformers' Trainer

@@ -40,20 +40,26 @@ def changes_asked(before: Config,  # in force
 # %% ../../nbs/training/519_reloading.ipynb #live
 class LiveFile:
     "Follow the live.yaml of a run."
-    def __init__(self, run: Run):
+    def __init__(self,
+                 run: Run,  # whose folder holds the file
+                ):
         self.run, self.path = run, run.path / "live.yaml"
         self.seen, self.now = None, None  # type: tuple[int, ...] | None, Config | None
 
-    def look(self) -> None: follow_file(self)
+    def look(self) -> None:
+        "Read the file if it has changed, and act as `follow_file` does."
+        follow_file(self)
 
-def file_state(path: Path) -> tuple[int, ...] | None:  # None where there is no file
+def file_state(path: Path,  # of the file that is followed
+              ) -> tuple[int, ...] | None:  # time, size and inode; None where there is no file
     "Tell one state of a file from another."
     try: s = path.stat()
     except OSError: return None
     return s.st_mtime_ns, s.st_size, s.st_ino
 
 # %% ../../nbs/training/519_reloading.ipynb #follow
-def follow_file(live: LiveFile) -> None:
+def follow_file(live: LiveFile,  # of the run; what was seen is remembered in it
+               ) -> None:
     "Ask for what a changed file asks for, and write an event."
     state = file_state(live.path)
     if state == live.seen: return
@@ -72,11 +78,11 @@ def follow_file(live: LiveFile) -> None:
     live.run.log("config_reloaded", file="live.yaml", asked=dict(asked.live), id=live.run.command("set", **asked.live))
 
 # %% ../../nbs/training/519_reloading.ipynb #from
-def reload_from(run: Run,
+def reload_from(run: Run,  # that is under way, with its config.yaml
                 path: str | Path,  # a configuration file
                 env: str | None = None,  # name of the environment
                ) -> str | None:  # the id of the command, None if nothing has changed
-    "Ask a run for what has changed in a file."
+    "Ask a run for what has changed in a file; ConfigurationError for what cannot change now."
     before = load_config(run.path / "config.yaml", environ={})
     made = [c for c in run.events("command_applied") if c["command"] == "set" and "before" in c]
     factor = 1.0

@@ -19,13 +19,15 @@ from typing import Any
 from ..core.locks import occupied
 from ..core.logs import log_as
 from ..core.runs import Run
+from ..core.secrets import redact
 from .checkpoints import drafting
 from .commands import refuse_stale
 from .processes import world
 
 # %% ../../nbs/training/525_sitting.ipynb #interrupt
 @contextmanager
-def interruptible(flag: threading.Event) -> Iterator[None]:  # set by the first interrupt
+def interruptible(flag: threading.Event,  # set by the first interrupt
+                 ) -> Iterator[None]:
     "Turn the first interrupt into a flag, and the second into an exception."
     def handle(number: int, frame: Any) -> None:
         if flag.is_set(): raise KeyboardInterrupt
@@ -40,25 +42,31 @@ def interruptible(flag: threading.Event) -> Iterator[None]:  # set by the first 
 
 # %% ../../nbs/training/525_sitting.ipynb #sitting
 @contextmanager
-def sitting(run: Run, flag: threading.Event) -> Iterator[None]:  # set by the first interrupt
+def sitting(run: Run,  # that is trained in this process
+            flag: threading.Event,  # set by the first interrupt
+           ) -> Iterator[None]:
     "Be the only trainer of a run, and take an interrupt as a request."
     places = run.path / "checkpoints" / ".work", run.path / "checkpoints"
     with occupied(run.path) if world()[0] == 0 else nullcontext(), log_as(run.path.name), interruptible(flag), drafting(*places): yield
 
-def take_over(run: Run) -> None:
+def take_over(run: Run,  # that is about to be resumed; RunError where somebody trains it
+             ) -> None:
     "Make sure that nobody trains in a folder, and answer what was asked of a dead trainer."
     with occupied(run.path): refuse_stale(run)
 
 # %% ../../nbs/training/525_sitting.ipynb #failure
-def note_failure(run: Run, box: dict[str, Any],  # where the run keeps its thread, model and error
-                 error: BaseException) -> None:
+def note_failure(run: Run,  # that gets the event run_failed
+                 box: dict[str, Any],  # where the run keeps its thread, model and error
+                 error: BaseException,  # what ended the training; kept for `wait` to raise
+                ) -> None:
     "Keep an error, and write it down if that can be done."
     box["error"] = error
-    try: run.log("run_failed", error=f"{type(error).__name__}: {error}"[:500])
+    try: run.log("run_failed", error=redact(f"{type(error).__name__}: {error}")[:500])
     except OSError as e: traceback.clear_frames(e.__traceback__)  # a full disk: there is nowhere left to say so
 
 # %% ../../nbs/training/525_sitting.ipynb #release
-def release(box: dict[str, Any]) -> None:  # where the run keeps its thread, model and error
+def release(box: dict[str, Any],  # where the run keeps its thread, model and error
+           ) -> None:
     "Forget a model, and give its memory back to the system."
     if error := box.get("error"): traceback.clear_frames(error.__traceback__)
     box.clear()
@@ -68,7 +76,9 @@ def release(box: dict[str, Any]) -> None:  # where the run keeps its thread, mod
     try: ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError): pass  # another C library
 
-def close_run(run: Run, box: dict[str, Any]) -> None:
+def close_run(run: Run,  # whose thread is told to stop
+              box: dict[str, Any],  # where the run keeps its thread, model and error
+             ) -> None:
     "Stop a run that trains in this process, and free what it holds."
     if (thread := box.get("thread")) and thread.is_alive():
         run.stop()

@@ -31,10 +31,11 @@ class Standing:
     def __str__(self) -> str: return "no evaluation yet" if self.value is None else f"{self.name} {self.value:.4g} at step {self.step}"
 
 # %% ../../nbs/training/524_stopping.ipynb #judge
-def judge(old: Standing, step: int,
+def judge(old: Standing,  # the best evaluation so far
+          step: int,  # of this evaluation
           figures: Mapping[str, float],  # of the evaluation at this step
-         ) -> Standing:
-    "Compare an evaluation with the best one."
+         ) -> Standing:  # the better of the two, or the old one with one more wait
+    "Compare an evaluation with the best one; TrainingError where the measure is missing."
     if old.name not in figures: raise TrainingError(f"this evaluation has no {old.name!r}", fix=f"use best_by={next((n for n in MEASURES if n in figures), None)!r}")
     value, tie, sign = figures[old.name], figures.get("nll", figures.get("loss", 0.0)), MEASURES[old.name]
     better = old.value is None or (sign * value, -tie) > (sign * old.value, -old.tie)
@@ -46,7 +47,9 @@ def trained_weights(module: Any,  # a torch module
     "Copy the weights that train."
     return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in module.named_parameters() if p.requires_grad}
 
-def put_weights(module: Any, weights: Mapping[str, Any]) -> None:
+def put_weights(module: Any,  # a torch module that has these names
+                weights: Mapping[str, Any],  # name -> tensor, from `trained_weights`
+               ) -> None:
     "Put such a copy back."
     import torch
     own = dict(module.named_parameters())
@@ -56,7 +59,9 @@ def put_weights(module: Any, weights: Mapping[str, Any]) -> None:
 # %% ../../nbs/training/524_stopping.ipynb #referee
 class Referee(TrainerCallback):
     "Evaluate when it is time, keep the best weights, and end a run that gets no better."
-    def __init__(self, run: Run, settings: Any,  # the dials of the run, `Settings` of the loop
+    def __init__(self,
+                 run: Run,  # that gets the events
+                 settings: Any,  # the dials of the run, `Settings` of the loop
                  module: Any,  # a torch module that trains
                  evaluate: Callable[[], Mapping[str, float]],  # figures on the validation split
                  live: Mapping[str, int] | None = None,  # what was set since the run began: evaluate_every, patience
@@ -68,20 +73,30 @@ class Referee(TrainerCallback):
 
     @property
     def over(self) -> bool:  # patience has run out
+        "Tell whether patience has run out."
         patience = self.live.get("patience", self.settings.patience)
         return bool(patience and self.standing and self.standing.waited >= patience)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self,
+                    args: Any, state: Any, control: Any, **kwargs: Any,  # as the Trainer of transformers calls it
+                   ) -> None:
+        "Evaluate if it is time to, and end a run whose patience is over."
         every = self.live.get("evaluate_every", self.settings.evaluate_every) or max(1, state.max_steps // int(args.num_train_epochs))
         if state.global_step % every and state.global_step < state.max_steps: return
         look(self, state.global_step, state.epoch)
         if self.over: control.should_training_stop = True
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self,
+                args: Any, state: Any, control: Any, **kwargs: Any,  # as the Trainer of transformers calls it
+               ) -> None:
+        "Put the standing into the checkpoint before it is sealed."
         if self.standing: save_standing(self, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 # %% ../../nbs/training/524_stopping.ipynb #look
-def look(referee: Referee, step: int, epoch: float) -> None:
+def look(referee: Referee,  # whose standing and weights may change
+         step: int,  # optimizer steps done
+         epoch: float,  # passes over the rows so far, with a fraction
+        ) -> None:
     "Evaluate, write it down, and keep the weights if they are the best so far."
     figures, told = dict(referee.evaluate()), dict[str, Any]()
     if referee.standing:
@@ -91,15 +106,19 @@ def look(referee: Referee, step: int, epoch: float) -> None:
     referee.run.log("evaluated", step=step, epoch=epoch, **figures, **told)
 
 # %% ../../nbs/training/524_stopping.ipynb #files
-def save_standing(referee: Referee, folder: Path) -> None:
+def save_standing(referee: Referee,  # that has a standing
+                  folder: Path,  # of the checkpoint, before it is sealed
+                 ) -> None:
     "Put the best weights, and which they are, into a checkpoint."
     from safetensors.torch import save_file
     assert referee.standing
     (folder / "best.json").write_text(json.dumps(asdict(referee.standing)))
     if referee.weights: save_file(referee.weights, folder / "best.safetensors")
 
-def load_standing(referee: Referee, folder: Path) -> None:
-    "Go on from the standing in a checkpoint."
+def load_standing(referee: Referee,  # that gets standing and weights; one without best_by is left alone
+                  folder: Path,  # of the checkpoint
+                 ) -> None:
+    "Go on from the standing in a checkpoint; TrainingError where there is none."
     from safetensors.torch import load_file
     if referee.standing is None: return
     if not (folder / "best.json").is_file():
@@ -108,7 +127,8 @@ def load_standing(referee: Referee, folder: Path) -> None:
     if referee.standing.value is not None: referee.weights = load_file(folder / "best.safetensors")
 
 # %% ../../nbs/training/524_stopping.ipynb #ending
-def ending(referee: Referee) -> dict[str, Any]:  # fields of the last event
+def ending(referee: Referee,  # at the end of a run
+          ) -> dict[str, Any]:  # fields of the last event
     "Say which evaluation was the best, and whether patience ended the run."
     if referee.standing is None or referee.standing.value is None: return {}
     why = {"reason": f"{referee.standing.waited} evaluations without a better {referee.standing.name}"} if referee.over else {}

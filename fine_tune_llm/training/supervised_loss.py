@@ -35,8 +35,14 @@ def bend(z: torch.Tensor,  # raw logits, float32, shape [rows, V]; may be writte
 class FrozenHead(torch.autograd.Function):
     "Sum the loss over rows, with the gradient of the hidden states made in the forward pass."
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
-                chunk: int, factor: float, cap: float | None) -> torch.Tensor:
+    def forward(ctx: Any,  # torch's, which carries the gradient to `backward`
+                hidden: torch.Tensor,  # states before each target, [rows, d]
+                weight: torch.Tensor, bias: torch.Tensor | None,  # of the head, frozen: [V, d] and [V]
+                targets: torch.Tensor,  # token ids, int64, [rows]
+                chunk: int,  # rows of logits at a time, which bounds the memory
+                factor: float, cap: float | None,  # from `logit_rule`
+               ) -> torch.Tensor:  # the sum, a float32 scalar
+        "Sum the cross-entropy of the rows in nats, piece by piece."
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if ctx.needs_input_grad[0] else None
         buffer = weight.new_empty(min(chunk, round_up(len(hidden), 16)), len(weight))
@@ -49,12 +55,16 @@ class FrozenHead(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: torch.Tensor,  # type: ignore[override] # d loss / d sum, a scalar
+                ) -> tuple[torch.Tensor | None, ...]:  # for `hidden` alone, [rows, d]
+        "Scale the gradient that the forward pass has made."
         (grad,) = ctx.saved_tensors
         return (grad * grad_output).to(ctx.dtype), None, None, None, None, None, None
 
 # %% ../../nbs/training/504_supervised_loss.ipynb #round-up
-def round_up(n: int, multiple: int) -> int:  # the next multiple of it, n itself if it is one
+def round_up(n: int,  # a length, 0 or more
+             multiple: int,  # 1 or more
+            ) -> int:  # the next multiple of it, n itself if it is one
     "Round a length up, so that few shapes occur."
     return -(-n // multiple) * multiple
 
@@ -86,7 +96,9 @@ def head_piece(hidden: torch.Tensor,  # [rows, d]
 # %% ../../nbs/training/504_supervised_loss.ipynb #trained
 def trained_head(head: Any,  # a module that maps [rows, d] to [rows, V]
                  hidden: torch.Tensor, targets: torch.Tensor,  # [rows, d], [rows]
-                 chunk: int, factor: float, cap: float | None) -> torch.Tensor:  # the sum of the losses
+                 chunk: int,  # rows of logits at a time
+                 factor: float, cap: float | None,  # from `logit_rule`
+                ) -> torch.Tensor:  # the sum of the losses
     "Sum the loss over rows, with a gradient for the head as well."
     def piece(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(bend(head(h).float(), factor, cap), y, reduction="sum")
@@ -96,7 +108,7 @@ def trained_head(head: Any,  # a module that maps [rows, d] to [rows, V]
 # %% ../../nbs/training/504_supervised_loss.ipynb #parts
 def body_and_head(module: Any,  # a causal language model of transformers, with or without an adapter of PEFT
                  ) -> tuple[Any, Any, Any]:  # body, head, configuration
-    "Take a language model apart."
+    "Take a language model apart; TrainingError where it has no such parts."
     for name, adapter in getattr(module, "peft_config", {}).items():
         if adapter.is_prompt_learning or getattr(adapter, "alora_invocation_tokens", None):
             raise TrainingError(f"an adapter of type {adapter.peft_type.value} works outside the layers of the model", where=f"adapter {name!r}",
@@ -131,7 +143,7 @@ def supervised_loss(module: Any,  # a causal language model of transformers, wit
 def check_supervised_loss(module: Any,  # a causal language model
                           input_ids: list[int],  # a row; its first 32 tokens are used
                          ) -> None:
-    "Refuse a model whose own loss is another one."
+    "Refuse a model whose own loss is another one (TrainingError)."
     was, device = module.training, next(module.parameters()).device
     ids = torch.tensor([input_ids[:32]], device=device)
     module.eval()

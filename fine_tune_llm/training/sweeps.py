@@ -24,17 +24,18 @@ from scipy.stats import norm
 
 from ..core.errors import ConfigurationError, DataError, TrainingError
 from ..core.runs import Run, plain, write_atomic
+from ..core.secrets import redact
 from ..uncertainty.metrics import Estimate, nll
 from ..uncertainty.predictions import Predictions
 
 # %% ../../nbs/training/560_sweeps.ipynb #points
 Space = Mapping[str, Sequence[Any] | Callable[[np.random.Generator], Any]]  # name of a dial -> choices, or a function that draws
 
-def points(space: Space,
+def points(space: Space,  # dial -> choices, or a function that draws
            samples: int | None = None,  # points to draw; None for the full grid
            seed: int = 0,  # of the draw
           ) -> list[dict[str, Any]]:  # settings of each run
-    "List the settings that a sweep tries."
+    "List the settings that a sweep tries; ConfigurationError where there is nothing to try, or no end."
     drawn = [k for k, v in space.items() if callable(v)]
     empty = [k for k, v in space.items() if not callable(v) and (isinstance(v, str) or not len(v))]
     if not space or empty: raise ConfigurationError(f"nothing to try for {', '.join(empty) or 'any dial'}", fix="give a list of values, such as dict(seed=[0, 1, 2])")
@@ -49,35 +50,41 @@ def points(space: Space,
 # %% ../../nbs/training/560_sweeps.ipynb #luck
 def luck(m: int,  # runs, 1 or more
         ) -> float:  # in standard errors
-    "Give the mean of the largest of m standard normal numbers."
+    "Give the mean of the largest of m standard normal numbers (David and Nagaraja 2003, section 3.1)."
     return float(m * quad(lambda x: x * norm.pdf(x) * norm.cdf(x) ** (m - 1), -12, 12, points=[0, luck_peak(m)])[0])
 
 # %% ../../nbs/training/560_sweeps.ipynb #luck-peak
-def luck_peak(m: int) -> float:
+def luck_peak(m: int,  # runs, 1 or more
+             ) -> float:  # in standard errors
     "Tell where the largest of m standard normal numbers lies about."
     return float(norm.ppf(1 - 1 / (m + 1)))
 
 # %% ../../nbs/training/560_sweeps.ipynb #trial
-def measured(preds: Predictions, metric: Callable[..., Estimate],
+def measured(preds: Predictions,  # of validation rows
+             metric: Callable[..., Estimate],  # of predictions, with level=; gives an estimate with an interval
              m: int,  # runs in the sweep
             ) -> dict[str, Any]:  # the figure, its interval, and the interval that holds for all runs at once
-    "Measure a trial, and refuse rows that may not choose."
+    "Measure a trial, and refuse rows that may not choose (DataError)."
     if preds.split in ("test", "calibration", "shift"):
         raise DataError(f"a winner may not be chosen on the {preds.split} split", fix="judge on validation: judge=lambda run: run.predict(data.validation)")
     one, wide = metric(preds), metric(preds, level=1 - 0.05 / m)
     return dict(metric=one.name, value=one.value, low=one.low, high=one.high, low_all=wide.low, high_all=wide.high, n=one.n, split=preds.split)
 
 # %% ../../nbs/training/560_sweeps.ipynb #run-trial
-def run_trial(train: Callable[..., Run], judge: Callable[[Any], Predictions], metric: Callable[..., Estimate], point: Mapping[str, Any],
+def run_trial(train: Callable[..., Run],  # gets the point as keywords and out= or resume=; gives the run
+              judge: Callable[[Any], Predictions],  # run -> predictions of the validation split
+              metric: Callable[..., Estimate],  # of predictions, with level=
+              point: Mapping[str, Any],  # setting -> value
               folder: Path,  # of the run
-              m: int) -> None:
-    "Train and measure one point, and write down what came out."
+              m: int,  # runs in the sweep, for the interval that holds for all
+             ) -> None:
+    "Train and measure one point, and write down what came out; TrainingError where the run was stopped."
     if (folder / "trial.json").is_file() and json.loads((folder / "trial.json").read_text())["settings"] == plain(point): return
     begun = (folder / "fingerprint.json").is_file()
     try:
         run = train(**point, **{"resume" if begun else "out": folder})
         state = run.wait()
-    except Exception as e: record = dict(settings=dict(point), state="failed", error=f"{type(e).__name__}: {e}"[:300])
+    except Exception as e: record = dict(settings=dict(point), state="failed", error=redact(f"{type(e).__name__}: {e}")[:300])
     else:
         if state != "finished": raise TrainingError(f"the run is {state}, and the sweep with it", where=str(folder), fix="call sweep again to go on")
         record = dict(settings=dict(point), state="finished", **measured(judge(run), metric, m))
@@ -94,14 +101,19 @@ class Sweep:
     split: str = "validation"  # of the rows that chose
 
     @property
-    def winner(self) -> str: return str(self.table.index[0])  # name of its folder
+    def winner(self) -> str:
+        "Name the run with the best figure, which is also its folder."
+        return str(self.table.index[0])
     @property
-    def notes(self) -> tuple[str, ...]: return sweep_notes(self)
+    def notes(self) -> tuple[str, ...]:
+        "Say what a reader of the winner's figure has to know, one sentence each."
+        return sweep_notes(self)
     def __repr__(self) -> str: return "\n".join([self.table.to_string(float_format="{:.4g}".format), *self.notes])
     def _repr_html_(self) -> str: return self.table.to_html(float_format="{:.4g}".format) + "".join(f"<p>{escape(n)}</p>" for n in self.notes)
 
 # %% ../../nbs/training/560_sweeps.ipynb #notes
-def sweep_notes(s: Sweep) -> tuple[str, ...]:  # one sentence each
+def sweep_notes(s: Sweep,  # a finished sweep
+               ) -> tuple[str, ...]:  # one sentence each
     "Say what a reader of the winner's figure has to know."
     good, best = s.table[s.table["state"] == "finished"], s.table.iloc[0]
     m, failed = len(good), len(s.table) - len(good)
@@ -114,8 +126,11 @@ def sweep_notes(s: Sweep) -> tuple[str, ...]:  # one sentence each
     return (*told, *([f"{failed} runs failed; see the column error."] if failed else []))
 
 # %% ../../nbs/training/560_sweeps.ipynb #collect
-def collect_trials(folder: Path, names: Sequence[str], larger: bool) -> Sweep:
-    "Read the records of a sweep, the best first."
+def collect_trials(folder: Path,  # that holds the runs
+                   names: Sequence[str],  # of the folders of the runs
+                   larger: bool,  # True where more is better
+                  ) -> Sweep:
+    "Read the records of a sweep, the best first; TrainingError where none finished."
     records: list[dict[str, Any]] = [json.loads((folder / n / "trial.json").read_text()) if (folder / n / "trial.json").is_file() else {"settings": {}, "state": "unfinished"} for n in names]
     rows = [{**r["settings"], **{k: v for k, v in r.items() if k not in ("settings", "metric", "split")}} for r in records]
     columns = [*dict.fromkeys(k for r in records for k in r["settings"]), "value", "low", "high", "low_all", "high_all", "n", "state"]
@@ -129,8 +144,9 @@ def collect_trials(folder: Path, names: Sequence[str], larger: bool) -> Sweep:
 def ray_trials(job: Callable[[int], None],  # trains the point of that number
                n: int,  # points
                workers: int,  # trained at a time
-               folder: Path) -> None:
-    "Train all points through Ray Tune."
+               folder: Path,  # for what Ray writes, below .ray
+              ) -> None:
+    "Train all points through Ray Tune; ConfigurationError without Ray, TrainingError for a trial that failed."
     if find_spec("ray") is None: raise ConfigurationError("Ray is not installed", fix="pip install 'fine_tune_llm[sweep]', or pass ray=False")
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AIR_NEW_OUTPUT", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"): os.environ.setdefault(name, str(int(name.startswith("TUNE"))))
     import ray
@@ -161,7 +177,7 @@ def sweep(train: Callable[..., Run],  # gets a point as keywords and out= or res
           workers: int = 1,  # runs at a time, with Ray
           ray: bool = False,  # train through Ray Tune
          ) -> Sweep:
-    "Train and judge several settings, and name the winner by validation."
+    "Train and judge several settings, and name the winner by validation; ConfigurationError where nobody knows if more is better."
     name = getattr(metric, "__name__", "")
     if larger is None and name not in LARGER: raise ConfigurationError(f"is more {name or 'of this metric'} better?", fix="pass larger=True or larger=False")
     tried, folder = points(space, samples, seed), Path(out).absolute()

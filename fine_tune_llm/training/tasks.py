@@ -33,13 +33,13 @@ from .processes import world
 from .sitting import release
 
 # %% ../../nbs/training/529_tasks.ipynb #data
-def task_data(model: Model,
+def task_data(model: Model,  # whose task decides the form
               data: Any,  # `Data`, a `Corpus`, or rows for free answers
-              settings: Settings,
+              settings: Settings,  # of the run: max_length and the seed of a division
               template: Any = None,  # how a row becomes text, for language models
               validation: Any = 0.1,  # share of the rows to be measured on, or a second source; for free answers
              ) -> Data | Corpus:
-    "Bring data into the form that a task learns from."
+    "Bring data into the form that a task learns from; ConfigurationError for data of another task."
     if model.task == "classification":
         if not isinstance(data, Data): raise ConfigurationError(f"a classifier cannot learn from {type(data).__name__}", fix="pass load_data(...), or a model with task='sft'")
         if template is not None: raise ConfigurationError("a classifier reads texts without a template", fix="load the model with task='label-words'")
@@ -50,49 +50,67 @@ def task_data(model: Model,
     return sft_data(data, model, template, validation, settings.max_length, settings.seed)
 
 # %% ../../nbs/training/529_tasks.ipynb #print
-def data_fingerprint(data: Data | Corpus) -> dict[str, str]:  # name -> value
+def data_fingerprint(data: Data | Corpus,  # from `task_data`
+                    ) -> dict[str, str]:  # name -> value
     "Write down what a task learns from."
     splits = data if isinstance(data, Data) else data.data
     rows = {} if splits is None else {"splits": splits.fingerprint, "train_order": digest(splits.train.ids), "labels": digest(splits.labels)}
     return rows | (data.fingerprint() if isinstance(data, Corpus) else {})
 
-def longest_text(model: Model, settings: Settings) -> int | None:  # tokens
+def longest_text(model: Model,  # whose tokenizer and positions set a limit
+                 settings: Settings,  # of the run: max_length
+                ) -> int | None:  # tokens; None where nothing limits them
     "Settle how many tokens a row may have."
     return longest_input(model, settings.max_length) if model.task == "classification" else longest_row(model, settings.max_length)
 
 # %% ../../nbs/training/529_tasks.ipynb #count
-def rows_to_learn(data: Data | Corpus) -> int:
+def rows_to_learn(data: Data | Corpus,  # from `task_data`
+                 ) -> int:
     "Count the rows that a run learns from."
     return len(data.train) if isinstance(data, Data) else len(data.names)
 
 # %% ../../nbs/training/529_tasks.ipynb #check
 FIGURES = {"classification": ("nll", "brier", "ece", "selective_risk", "coverage_at_risk", "accuracy"), "sft": ("loss", "nll")}
 
-def check_task(model: Model, data: Data | Corpus, settings: Settings) -> None:
-    "Refuse settings that a task cannot use."
-    figures = FIGURES["sft" if model.task == "sft" else "classification"]
+def check_task(model: Model,  # whose task decides what can be used
+               data: Data | Corpus,  # from `task_data`
+               settings: Settings,  # of the run: best_by and the loss
+              ) -> None:
+    "Refuse settings that a task cannot use (TrainingError)."
+    figures, pieces = FIGURES["sft" if model.task == "sft" else "classification"], settings.accumulate * world()[1]
+    if settings.batch_size % pieces:
+        raise TrainingError(f"{settings.batch_size} rows cannot pass in {settings.accumulate} equal pieces through {world()[1]} processes", fix=f"choose a batch_size that {pieces} divides")
     if settings.best_by and settings.best_by not in figures:
         raise TrainingError(f"the task {model.task!r} is not measured by {settings.best_by!r}", fix=f"use one of {', '.join(figures)}")
     if settings.best_by and not measured(data): raise TrainingError("best_by without validation rows", fix="give some, or leave best_by out")
     if model.task != "classification" and (settings.loss, dict(settings.loss_options)) != ("cross-entropy", {}):
         raise TrainingError(f"the loss {settings.loss!r} with {dict(settings.loss_options)} is for classification", fix="leave loss and loss_options out")
 
-def measured(data: Data | Corpus) -> bool:
+def measured(data: Data | Corpus,  # from `task_data`
+            ) -> bool:
     "Tell whether there are rows to measure on."
     return bool(len(data.validation)) if isinstance(data, Data) else data.validation is not None
 
 # %% ../../nbs/training/529_tasks.ipynb #base
-def outputs(data: Data, settings: Settings) -> Labels:  # the classes, and an output that abstains where the loss has one
+def outputs(data: Data,  # splits with classes
+            settings: Settings,  # of the run: the loss
+           ) -> Labels:  # the classes, and an output that abstains where the loss has one
     "Name the outputs of a classifier."
     extra = class_loss(settings.loss, **settings.loss_options).extra
     return Labels((*data.labels.names, "(abstain)")) if extra else data.labels
 
-def base_module(model: Model, data: Data | Corpus, settings: Settings) -> Any:  # transformers' or peft's PreTrainedModel
+def base_module(model: Model,  # from `load_model`
+                data: Data | Corpus,  # from `task_data`; splits for a classifier
+                settings: Settings,  # of the run: the loss, and the seed of a new head
+               ) -> Any:  # transformers' or peft's PreTrainedModel
     "Read the weights that an adapter will be put on."
     return build_classifier(model, outputs(data, settings), settings.seed) if isinstance(data, Data) else build_causal(model)
 
 # %% ../../nbs/training/529_tasks.ipynb #measuring
-def word_batches(model: Model, module: Any, corpus: Corpus, texts: Sequence[str],
+def word_batches(model: Model,  # whose tokenizer to use
+                 module: Any,  # a torch language model
+                 corpus: Corpus,  # with K class names and the template
+                 texts: Sequence[str],  # n texts
                  size: int = 512,  # texts at a time
                 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # rows [m], their logits [m, K]
     "Score class names behind texts, some texts at a time."
@@ -100,7 +118,11 @@ def word_batches(model: Model, module: Any, corpus: Corpus, texts: Sequence[str]
         logits = score_label_words(model, module, texts[i:i + size], corpus.labels, corpus.template)
         yield np.arange(i, i + len(logits)), logits
 
-def measuring(model: Model, module: Any, data: Data | Corpus, settings: Settings) -> Callable[[], dict[str, float]] | None:  # None: nothing to measure on
+def measuring(model: Model,  # whose tokenizer and task to use
+              module: Any,  # the torch model that trains
+              data: Data | Corpus,  # from `task_data`
+              settings: Settings,  # of the run: max_length and target_risk
+             ) -> Callable[[], dict[str, float]] | None:  # None: nothing to measure on
     "Prepare the evaluation of a task."
     if not measured(data): return None
     if isinstance(data, Corpus) and (model.task == "sft" or data.data is None):
@@ -113,21 +135,34 @@ def measuring(model: Model, module: Any, data: Data | Corpus, settings: Settings
     return lambda: evaluate_classes(scored(), split.y, settings.target_risk)  # type: ignore[arg-type]
 
 # %% ../../nbs/training/529_tasks.ipynb #scoring
-def score_outputs(model: Model, module: Any, data: Data | Corpus, settings: Settings, texts: Sequence[str],
+def score_outputs(model: Model,  # whose tokenizer to use
+                  module: Any,  # a trained torch model
+                  data: Data | Corpus,  # from `task_data`; decides what the outputs are
+                  settings: Settings,  # of the run: max_length
+                  texts: Sequence[str],  # n texts
                  ) -> np.ndarray:  # logits, shape [n, K], or [n, K + 1] where the last output abstains
-    "Compute all outputs for texts."
+    "Compute all outputs for texts; InferenceError for a model of free answers."
     if isinstance(data, Data): return score_texts(model, module, texts, max_length=settings.max_length)
     if model.task == "sft" or data.data is None:
         raise InferenceError("a model of free answers has no classes to score", fix="let it answer: trained_module(run).generate(...)")
     return score_label_words(model, module, texts, data.data.labels, data.template)
 
-def score_task(model: Model, module: Any, data: Data | Corpus, settings: Settings, texts: Sequence[str],
+def score_task(model: Model,  # whose tokenizer to use
+               module: Any,  # a trained torch model
+               data: Data | Corpus,  # from `task_data`, with K classes
+               settings: Settings,  # of the run: max_length
+               texts: Sequence[str],  # n texts
               ) -> np.ndarray:  # logits, shape [n, K]
     "Compute the logits of texts."
     return score_outputs(model, module, data, settings, texts)[:, :len(data.labels)]
 
 # %% ../../nbs/training/529_tasks.ipynb #loop
-def task_trainer(model: Model, module: Any, data: Data | Corpus, settings: Settings, work: Path, listener: Any,
+def task_trainer(model: Model,  # from `load_model`
+                 module: Any,  # a torch model with its adapter
+                 data: Data | Corpus,  # from `task_data`; its training rows are used
+                 settings: Settings,  # of the run
+                 work: Path,  # the trainer's own folder
+                 listener: Any,  # of the run; gets a warning where texts are cut
                  plan: Mapping[str, Any] | None = None,  # of the run that is taken up again
                 ) -> Any:  # transformers' Trainer
     "Set up the training loop of a task."
@@ -140,12 +175,16 @@ def task_trainer(model: Model, module: Any, data: Data | Corpus, settings: Setti
     known = CausalPlan(**{**plan, "arithmetic": Arithmetic(**plan["arithmetic"]), "notes": ()}) if plan else None
     return make_causal_trainer(model, module, list(data.train.examples()), settings, work, listener, known, data.names)
 
-def plan_facts(trainer: Any) -> dict[str, Any]:  # plain data; empty for a classifier
+def plan_facts(trainer: Any,  # from `task_trainer`
+              ) -> dict[str, Any]:  # plain data; empty for a classifier
     "Write down the plan of a language model's loop."
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(trainer.plan).items()} if hasattr(trainer, "plan") else {}
 
 # %% ../../nbs/training/529_tasks.ipynb #foresee
-def foresee(model: Model, data: Data | Corpus, settings: Settings) -> Preflight:
+def foresee(model: Model,  # from `load_model`
+            data: Data | Corpus,  # from `task_data`; the longest training rows are tried
+            settings: Settings,  # of the run
+           ) -> Preflight:
     "Predict the memory and the time of a run."
     s, labels, step = settings, None, plain_step
     if isinstance(data, Data): labels, ids = outputs(data, s), encode(model, data.train.texts, s.max_length)[0]
@@ -156,11 +195,13 @@ def foresee(model: Model, data: Data | Corpus, settings: Settings) -> Preflight:
     finally: release({})
 
 # %% ../../nbs/training/529_tasks.ipynb #settle
-def settle_model(model: Model, data: Data | Corpus, settings: Settings,
+def settle_model(model: Model,  # from `load_model`, perhaps with checkpointing="auto"
+                 data: Data | Corpus,  # from `task_data`
+                 settings: Settings,  # of the run
                  asked: bool | Preflight,  # whether to predict, or a prediction that was made before
                  resume: str | Path | None,  # a run folder to go on with
-                ) -> tuple[Model, Preflight | None]:
-    "Predict what a run takes, and decide what depends on it."
+                ) -> tuple[Model, Preflight | None]:  # the model with checkpointing settled, and the prediction if one was made
+    "Predict what a run takes, and decide what depends on it; ConfigurationError for a preflight in several processes."
     if resume is not None:
         written = Run.attach(resume).path / "fingerprint.json"
         known = Run.attach(resume).read_json(written.name).get("model.checkpointing") if written.is_file() else None
@@ -171,7 +212,9 @@ def settle_model(model: Model, data: Data | Corpus, settings: Settings,
     return settle_checkpointing(model, found), found
 
 # %% ../../nbs/training/529_tasks.ipynb #reopen
-def trained_before(model: Model, data: Data | Corpus, settings: Settings,
+def trained_before(model: Model,  # that the adapter was trained on
+                   data: Data | Corpus,  # from `task_data`; splits for a classifier
+                   settings: Settings,  # of the run
                    folder: Path,  # of the adapter
                    plan: Mapping[str, Any] | None,  # of the run
                   ) -> Any:  # transformers' or peft's PeftModel, for answering

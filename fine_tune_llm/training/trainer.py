@@ -50,7 +50,10 @@ from fine_tune_llm.training.tasks import (
 from ..uncertainty.predictions import Predictions
 
 # %% ../../nbs/training/530_trainer.ipynb #fingerprint
-def run_fingerprint(model: Model, data: Data | Corpus, settings: Settings) -> dict[str, str]:  # dotted name -> value
+def run_fingerprint(model: Model,  # from `load_model`
+                    data: Data | Corpus,  # from `task_data`
+                    settings: Settings,  # of the run
+                   ) -> dict[str, str]:  # dotted name -> value
     "Write down all that decides the result."
     import torch
     tokenizer = getattr(model.tokenizer, "backend_tokenizer", None)
@@ -66,30 +69,44 @@ def run_fingerprint(model: Model, data: Data | Corpus, settings: Settings) -> di
 @dataclass(frozen=True, repr=False, eq=False)
 class TrainingRun(Run):
     "Hold a run that trains in this process, and predict with what it learned."
-    model: Model | None = None
-    data: Data | Corpus | None = None
-    settings: Settings = field(default_factory=Settings)
+    model: Model | None = None  # that is tuned; None where the run is only read
+    data: Data | Corpus | None = None  # from `task_data`
+    settings: Settings = field(default_factory=Settings)  # the dials
     box: dict[str, Any] = field(default_factory=dict)  # thread, module, error
 
-    def wait(self, timeout: float | None = None) -> str:  # seconds; the state at the end or when the time was up
+    def wait(self,
+             timeout: float | None = None,  # seconds; None: until the end
+            ) -> str:  # the state at the end or when the time was up
         "Wait for the training thread, and raise what it raised."
         if thread := self.box.get("thread"): thread.join(timeout)
         if error := self.box.get("error"): raise error
         return self.state
 
-    def log(self, event: str, **values: Any) -> None:
+    def log(self,
+            event: str,  # its name, such as "step"
+            **values: Any,  # plain data that the event carries
+           ) -> None:
         "Write an event, in the first of several processes."
         if world()[0] == 0: super().log(event, **values)
-    def close(self) -> None: close_run(self, self.box)  # stop training, and free the model
+    def close(self) -> None:
+        "Stop training in this process, and free the model."
+        close_run(self, self.box)
 
-    def predict(self, split: Split) -> Predictions: return predict_split(self, split)
-    def score(self, texts: Sequence[str]) -> np.ndarray:  # logits, shape [n, K]
+    def predict(self,
+                split: Split,  # n rows with the classes of the training
+               ) -> Predictions:
+        "Predict a split, and keep the predictions in the run folder."
+        return predict_split(self, split)
+    def score(self,
+              texts: Sequence[str],  # n texts
+             ) -> np.ndarray:  # logits, shape [n, K]
         "Compute logits for new texts."
         return score_task(self.model, trained_module(self), self.data, self.settings, texts)  # type: ignore[arg-type]
 
 # %% ../../nbs/training/530_trainer.ipynb #module-of
-def trained_module(run: TrainingRun) -> Any:  # a torch module with the adapter
-    "Wait until a run has ended, and take its model."
+def trained_module(run: TrainingRun,  # that was started or reopened here; TrainingError if it has no model
+                  ) -> Any:  # a torch module with the adapter
+    "Wait until a run has ended, and take its model; TrainingError where it has none."
     state = run.wait()
     if state not in ("finished", "stopped") or "module" not in run.box:
         raise TrainingError(f"the run is {state} and has no model", where=str(run.path), fix="call run.wait(), or resume it")
@@ -97,7 +114,9 @@ def trained_module(run: TrainingRun) -> Any:  # a torch module with the adapter
     return run.box["module"]
 
 # %% ../../nbs/training/530_trainer.ipynb #predict
-def predict_split(run: TrainingRun, split: Split) -> Predictions:
+def predict_split(run: TrainingRun,  # that has ended
+                  split: Split,  # n rows with the classes of the training
+                 ) -> Predictions:
     "Predict a split, and keep the predictions in the run folder."
     splits = run.data.data if isinstance(run.data, Corpus) else run.data
     z = score_outputs(run.model, trained_module(run), run.data, run.settings, split.texts)  # type: ignore[arg-type]
@@ -111,7 +130,10 @@ def predict_split(run: TrainingRun, split: Split) -> Predictions:
     return preds
 
 # %% ../../nbs/training/530_trainer.ipynb #job
-def train_run(run: TrainingRun, resume: bool, progress: Callable[[int, int, str], None] | None) -> None:
+def train_run(run: TrainingRun,  # that was opened; its box gets the model or the error
+              resume: bool,  # from its last checkpoint
+              progress: Callable[[int, int, str], None] | None,  # called with step, total and a note; or None
+             ) -> None:
     "Train, and write down how it went."
     flag = threading.Event()
     try:
@@ -119,7 +141,9 @@ def train_run(run: TrainingRun, resume: bool, progress: Callable[[int, int, str]
     except BaseException as e: note_failure(run, run.box, e)
 
 # %% ../../nbs/training/530_trainer.ipynb #train-module
-def train_module(run: TrainingRun, resume: bool, progress: Callable[[int, int, str], None] | None,
+def train_module(run: TrainingRun,  # that was opened
+                 resume: bool,  # from its last checkpoint
+                 progress: Callable[[int, int, str], None] | None,  # called with step, total and a note; or None
                  flag: threading.Event,  # set by an interrupt
                 ) -> tuple[Any, Any, Any, Any]:  # module, transformers' TrainerState, listener, referee
     "Build what a task needs, and train it to its end or to a stop."
@@ -140,12 +164,18 @@ def train_module(run: TrainingRun, resume: bool, progress: Callable[[int, int, s
     if not referee.over: trainer.train(resume_from_checkpoint=place)
     return module, trainer.state, listener, referee
 
-def run_plan(run: Run) -> dict[str, Any] | None:  # None for a classifier, and before the first start
+def run_plan(run: Run,  # of any task
+            ) -> dict[str, Any] | None:  # None for a classifier, and before the first start
     "Read how a language model was trained so far."
     return run.read_json("plan.json") if (run.path / "plan.json").exists() else None
 
 # %% ../../nbs/training/530_trainer.ipynb #finish
-def finish_run(run: TrainingRun, module: Any, state: Any, listener: Any, referee: Any) -> None:
+def finish_run(run: TrainingRun,  # whose box gets the model
+               module: Any,  # the torch model that was trained
+               state: Any,  # transformers' TrainerState, with the last step
+               listener: Any,  # that knows whether the run was stopped
+               referee: Any,  # that holds the best weights
+              ) -> None:
     "Keep the trained model, and write the last event."
     from fine_tune_llm.training.stopping import ending, put_weights
     run.box["module"] = module.eval()  # no dropout in answers
@@ -160,13 +190,16 @@ def finish_run(run: TrainingRun, module: Any, state: Any, listener: Any, referee
         run.log("run_finished", step=state.global_step, seconds=time.monotonic() - listener.began, **ending(referee))
 
 # %% ../../nbs/training/530_trainer.ipynb #reads-alike
-def reads_alike(model: Model | None, module: Any) -> bool:
+def reads_alike(model: Model | None,  # that is tuned; None: not known
+                module: Any,  # the torch model that was trained
+               ) -> bool:
     "Tell whether a trained module has the form in which it will be read again."
     return bool(model) and model.dtype == "float32" and not hasattr(module, "began") and not is_adalora(module)  # type: ignore[union-attr]
 
 # %% ../../nbs/training/530_trainer.ipynb #resume-point
-def checkpoint_to_resume(run: Run) -> str | None:  # the folder of the newest good checkpoint, None if none was written yet
-    "Find where to go on, and say which checkpoints were skipped."
+def checkpoint_to_resume(run: Run,  # that is taken up; gets a warning per skipped checkpoint
+                        ) -> str | None:  # the folder of the newest good checkpoint, None if none was written yet
+    "Find where to go on, and say which checkpoints were skipped; TrainingError where all are damaged."
     place, skipped = last_checkpoint(run.path / "checkpoints")
     for line in skipped: run.log("warning", message=f"checkpoint skipped: {line}")
     if place is None and skipped: raise TrainingError(f"no good checkpoint to resume from: {'; '.join(skipped)}", where=str(run.path), fix="start a new run")
@@ -174,13 +207,20 @@ def checkpoint_to_resume(run: Run) -> str | None:  # the folder of the newest go
     return str(place) if place else None
 
 # %% ../../nbs/training/530_trainer.ipynb #open
-def written_fingerprint(run: Run) -> dict[str, str]:  # dotted name -> value
-    "Read what decided the result of a run so far."
+def written_fingerprint(run: Run,  # that is taken up
+                       ) -> dict[str, str]:  # dotted name -> value
+    "Read what decided the result of a run so far; TrainingError for a run that never began."
     try: return run.read_json("fingerprint.json")
     except (OSError, ValueError): raise TrainingError("the run never began: it has no fingerprint.json", where=str(run.path), fix="start it anew with out=") from None
 
-def open_run(model: Model, data: Data | Corpus, settings: Settings, out: str | Path | None, resume: str | Path | None,
-             accept: Collection[str], sections: Mapping[str, Any]) -> TrainingRun:
+def open_run(model: Model,  # from `load_model`
+             data: Data | Corpus,  # from `task_data`
+             settings: Settings,  # of the run
+             out: str | Path | None,  # the run folder, runs/DATE-MODEL where not given
+             resume: str | Path | None,  # a run folder to go on with
+             accept: Collection[str],  # names in the fingerprint that may differ
+             sections: Mapping[str, Any],  # more sections for the config.yaml
+            ) -> TrainingRun:
     "Start a run folder, or take up one that matches."
     now = run_fingerprint(model, data, settings)
     connect(cpu=model.device == "cpu")
@@ -199,20 +239,25 @@ def open_run(model: Model, data: Data | Corpus, settings: Settings, out: str | P
     run.write_json("fingerprint.json", now)
     return TrainingRun(Path(gather(str(run.path))[0]), model, data, settings)
 
-def run_sections(model: Model, data: Data | Corpus, settings: Settings) -> dict[str, Any]:  # plain data
+def run_sections(model: Model,  # from `load_model`
+                 data: Data | Corpus,  # from `task_data`
+                 settings: Settings,  # of the run
+                ) -> dict[str, Any]:  # plain data
     "Write down a model and its settings as sections of a configuration."
     dials = {k: dict(v) if isinstance(v, Mapping) else v for k, v in asdict(settings).items()}
     return {"model": {k: getattr(model, k) for k in ("name", "task", "quantize", "device", "dtype", "attention", "checkpointing")},
             "training": {**dials, "template": data.template.name if isinstance(data, Corpus) else None}}
 
 # %% ../../nbs/training/530_trainer.ipynb #fresh
-def fresh_folder(model: Model) -> Path:  # runs/DATE-NAME, with a number where that is taken
+def fresh_folder(model: Model,  # whose name the folder gets
+                ) -> Path:  # runs/DATE-NAME, with a number where that is taken
     "Choose a name for a new run folder."
     name = Path("runs") / f"{time.strftime('%Y-%m-%d')}-{Path(model.name).name.lower()}"
     return next(p for p in (name, *(name.with_name(f"{name.name}-{i}") for i in range(2, 10**6))) if not p.exists())
 
 # %% ../../nbs/training/530_trainer.ipynb #reopen
-def reopen_finished(run: TrainingRun) -> None:
+def reopen_finished(run: TrainingRun,  # whose box gets the model
+                   ) -> None:
     "Load the adapter of a finished run."
     assert run.model and run.data
     run.box["module"] = trained_before(run.model, run.data, run.settings, run.path / "adapter", run_plan(run))
@@ -239,7 +284,7 @@ def finetune(model: Model,  # from `load_model`
              batch_size: int = 32,  # rows in an optimizer step
              max_length: int | None = None,  # tokens of a text, the model's limit where not given
              warmup: float = 0.06,  # share of the steps until the learning rate is at its top
-             weight_decay: float = 0.0,
+             weight_decay: float = 0.0,  # of AdamW; biases have none
              seed: int = 0,  # of the head, the adapter, the dropout and the order
              accumulate: int = 1,  # pieces in which the rows of a step pass through the model
              scheduler: str = "linear",  # how the learning rate moves; a name of transformers
