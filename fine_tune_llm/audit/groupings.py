@@ -20,7 +20,8 @@ from ..core.errors import ConfigurationError, DataError
 # %% ../../nbs/audit/206_groupings.ipynb #codes
 MISSING = "(missing)"  # the group of rows without a value
 
-def utf8(name: str) -> str:
+def utf8(name: str,  # any text, also one that was cut inside a character
+        ) -> str:  # text that UTF-8 can hold, each lone half as \udXXX
     "Spell out halves of surrogate pairs, which no file can hold."
     return name.encode("utf-8", "backslashreplace").decode()
 
@@ -51,7 +52,8 @@ def group_masks(column: pd.Series,  # one value per row; NaN, None and blank tex
     return {g: codes == i for i, g in enumerate(groups)}
 
 # %% ../../nbs/audit/206_groupings.ipynb #alike
-def folded_name(name: str) -> str:
+def folded_name(name: str,  # of a group, or of a person
+               ) -> str:  # equal for names that a reader would take for one
     "Write a name without case, outer blanks and forms of one letter."
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
@@ -86,10 +88,10 @@ def crossed(parts: Sequence[Grouping],  # of one column each
 By = str | Sequence[str | tuple[str, ...]] | Mapping[str, Sequence[object]]  # columns; a tuple is crossed; keys also declare
 
 def groupings(table: pd.DataFrame,  # one column per grouping, n rows
-              by: By,
+              by: By,  # columns, or tuples of them to cross; as keys: with declared groups
               depth: int = 1,  # cross up to so many of the named columns, 1 to 3
               most: int = 50,  # refuse a grouping of more groups
-             ) -> list[Grouping]:
+             ) -> list[Grouping]:  # one per column or crossing, in the order of `by`
     "Resolve which rows belong to which group."
     asked = [(b,) if isinstance(b, str) else tuple(b) for b in ([by] if isinstance(by, str) else by)]
     columns = list(dict.fromkeys(c for b in asked for c in b))

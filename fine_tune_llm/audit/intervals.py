@@ -128,7 +128,7 @@ def error_at(chance: np.ndarray,  # to measure at most what was measured, shape 
     return total_below(total, d, var, high)[1]
 
 # %% ../../nbs/audit/200_intervals.ipynb #ece
-def calibration_error(bins: BinSums,
+def calibration_error(bins: BinSums,  # sums of G groups in B bins; a group may be empty
                       level: float = 0.95,  # confidence of each interval
                       deff: ArrayLike = 1.0,  # rows per independent row, shape [G]; 1: all are independent
                      ) -> tuple[Ends, np.ndarray]:  # the usual estimate with its interval, and the unbiased one [G]

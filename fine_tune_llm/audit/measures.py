@@ -96,7 +96,7 @@ def score_metrics(preds: Predictions) -> list[Metric]:  # NLL, Brier, ECE
             Metric("ECE", preds.answers == y, every, preds.confidence.astype(np.float64))]
 
 # %% ../../nbs/audit/204_measures.ipynb #positive
-def alarm_label(preds: Predictions,
+def alarm_label(preds: Predictions,  # only their labels are looked at
                 positive: str | int | None,  # name or number of a label; None: the second of two, or none
                ) -> int | None:  # its number
     "Decide which label counts as an alarm."
@@ -107,11 +107,11 @@ def alarm_label(preds: Predictions,
     return int(positive)
 
 # %% ../../nbs/audit/204_measures.ipynb #standard
-def standard_metrics(preds: Predictions,
+def standard_metrics(preds: Predictions,  # n rows with their true labels; see `Predictions`
                      sets: PredictionSets | None = None,  # of the same rows
                      decisions: Decisions | None = None,  # of the same rows
                      positive: str | int | None = None,  # label that counts as an alarm
-                    ) -> list[Metric]:
+                    ) -> list[Metric]:  # in the order in which tables show them
     "Collect every metric that the arguments allow."
     y, answers, every = preds.require_y("a group audit"), preds.answers, np.ones(len(preds), dtype=bool)
     alarm = alarm_label(preds, positive)
@@ -125,9 +125,9 @@ def standard_metrics(preds: Predictions,
     return [*found, Metric("expected cost", row_costs(decisions.action, y, decisions.costs, decisions.abstain_cost), every)]
 
 # %% ../../nbs/audit/204_measures.ipynb #chosen
-def chosen(metrics: Sequence[Metric],
+def chosen(metrics: Sequence[Metric],  # to pick from, such as those of `standard_metrics`
            names: Sequence[str | Metric] | None,  # names among them, and metrics of your own; None: all
-          ) -> list[Metric]:
+          ) -> list[Metric]:  # in the order of `names`
     "Pick metrics by name."
     if names is None: return list(metrics)
     known = {m.name: m for m in metrics}
