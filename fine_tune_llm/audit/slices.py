@@ -127,7 +127,9 @@ def worst_slices(loss: np.ndarray,  # of the searched rows, shape [n]
         elif len(kept) < most: kept.append((name, []))
     return kept
 
-def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+def jaccard(a: np.ndarray,  # rows of one slice, bool, shape [n]
+            b: np.ndarray,  # rows of the other, bool, shape [n]
+           ) -> float:  # 0 (nothing shared) to 1 (the same); 0 for two empty ones
     "Measure how far two sets of rows are the same."
     return float((a & b).sum() / max((a | b).sum(), 1))
 
@@ -166,7 +168,7 @@ def adjusted(p: ArrayLike,  # p-values in the order of the search, shape [m]
 @dataclass(frozen=True)
 class SliceRow:
     "Hold what the other half says about one slice."
-    name: str
+    name: str  # what its rows have in common, as found in the search
     also: tuple[str, ...]  # other names for nearly the same rows
     searched: Estimate  # its gap to the rest on the searched half, which flatters the search
     loss: Estimate  # its mean loss on the other half
@@ -199,7 +201,9 @@ class SliceReport:
     metric: str  # what the loss is
 
     @property
-    def confirmed(self) -> tuple[SliceRow, ...]: return tuple(r for r in self.rows if r.verdict == "fail")
+    def confirmed(self) -> tuple[SliceRow, ...]:
+        "Give the slices whose higher loss the other half confirms."
+        return tuple(r for r in self.rows if r.verdict == "fail")
     @property
     def title(self) -> str:
         "State what was searched, tested and confirmed."
@@ -215,14 +219,18 @@ class SliceReport:
                 for r in self.rows]
         columns = ["metric", "group", "estimate", "low", "high", "n", "verdict", "gap", "gap_low", "gap_high", "p", "also"]
         return pd.DataFrame(rows, columns=columns)[columns if details else columns[:7]]
-    def to_csv(self) -> str: return csv_text(self.to_frame(details=True))
-    def to_markdown(self) -> str: return markdown_table(self.to_frame())
+    def to_csv(self) -> str:
+        "Write the slices with their details as CSV that a spreadsheet cannot run."
+        return csv_text(self.to_frame(details=True))
+    def to_markdown(self) -> str:
+        "Write the slices as a Markdown table in which text is only text."
+        return markdown_table(self.to_frame())
     def _repr_html_(self) -> str: return styled(f"<h3>{self.title}</h3>" + html_table(self.to_frame(details=True)))
     def __str__(self) -> str:
         return self.title + "\n" + self.to_frame(details=True).drop(columns=["metric", "low", "high", "also"]).round(3).to_string(index=False)
 
 # %% ../../nbs/audit/250_slices.ipynb #candidates
-def candidates_of(preds: Predictions,
+def candidates_of(preds: Predictions,  # n rows; their texts and group columns are sliced
                   search: np.ndarray,  # rows that may be looked at, bool, shape [n]
                   embeddings: ArrayLike | None = None,  # a vector per row, shape [n, d]
                   words: int = 200,  # words to slice by
