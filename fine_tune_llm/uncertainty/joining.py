@@ -36,7 +36,7 @@ def order_by_id(ids: Sequence[Any],  # as they come
     return np.array([at[str(i)] for i in known], dtype=np.int64)
 
 # %% ../../nbs/uncertainty/104_joining.ipynb #truth
-def join_truth(preds: Predictions,
+def join_truth(preds: Predictions,  # with or without truth, which is replaced
                truth: Mapping[Any, Any],  # id -> class name, or class number
               ) -> Predictions:  # with `y`
     "Give predictions their true classes, by id."
