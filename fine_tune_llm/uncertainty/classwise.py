@@ -20,7 +20,7 @@ def group_gaps(p: np.ndarray,  # probabilities, shape [n, K]
                y: np.ndarray,  # classes, shape [n]
                bins: int,  # parts of the probabilities 0 to 1
                kind: str,  # "equal-width" or "equal-mass"
-               rng: np.random.Generator,
+               rng: np.random.Generator,  # of the groups
               ) -> np.ndarray:  # sum of [y = k] - p, shape [groups, K * bins]
     "Add up the gaps of random groups of rows, by class and bin."
     n, k = p.shape
@@ -34,7 +34,7 @@ def group_gaps(p: np.ndarray,  # probabilities, shape [n, K]
 
 # %% ../../nbs/uncertainty/115_classwise.ipynb #draw-classes
 def draw_classes(p: np.ndarray,  # probabilities, shape [n, K]
-                 rng: np.random.Generator,
+                 rng: np.random.Generator,  # of the draws
                 ) -> np.ndarray:  # one class per row, drawn by its probabilities, shape [n]
     "Draw the classes that a calibrated model would see."
     step, drawn = max(1, (1 << 18) // p.shape[1]), np.empty(len(p), dtype=np.int64)
@@ -45,7 +45,7 @@ def draw_classes(p: np.ndarray,  # probabilities, shape [n, K]
 
 # %% ../../nbs/uncertainty/115_classwise.ipynb #classwise
 @with_interval
-def classwise_ece(preds: Predictions,
+def classwise_ece(preds: Predictions,  # n rows with their true classes
                   bins: int = 15,  # parts of the probabilities 0 to 1
                   kind: str = "equal-width",  # or "equal-mass"
                   n_boot: int = 1000,  # draws for the interval, and for `null`

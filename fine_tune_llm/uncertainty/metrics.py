@@ -45,7 +45,7 @@ _all_ = ["Estimate", "Interval", "rate", "mean", "clopper_pearson", "with_interv
          "CalibrationState", "calibration_state", "token_state"]
 
 # %% ../../nbs/uncertainty/118_metrics.ipynb #summary
-def summary(preds: Predictions,
+def summary(preds: Predictions,  # n rows with their true classes
             seed: int = 0,  # of all resamples
            ) -> dict[str, Estimate]:  # name -> estimate, in reading order
     "Measure answers, probabilities, calibration and order at once."

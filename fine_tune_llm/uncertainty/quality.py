@@ -18,7 +18,7 @@ from .streaming import bin_sums
 
 # %% ../../nbs/uncertainty/112_quality.ipynb #accuracy
 @with_interval
-def accuracy(preds: Predictions,
+def accuracy(preds: Predictions,  # n rows with their true classes
              level: float = 0.95,  # confidence of the interval, between 0 and 1
             ) -> Estimate:  # a share between 0 and 1
     "Estimate how often the answer is right."
@@ -27,7 +27,7 @@ def accuracy(preds: Predictions,
 
 # %% ../../nbs/uncertainty/112_quality.ipynb #top-k
 @with_interval
-def top_k_accuracy(preds: Predictions,
+def top_k_accuracy(preds: Predictions,  # n rows with their true classes
                    k: int = 5,  # answers that are looked at, 1 or more
                    level: float = 0.95,  # confidence of the interval, between 0 and 1
                   ) -> Estimate:  # a share between 0 and 1
@@ -40,7 +40,8 @@ def top_k_accuracy(preds: Predictions,
     return rate(int((before < k).sum()), len(y), f"top-{k} accuracy", level)
 
 # %% ../../nbs/uncertainty/112_quality.ipynb #confusion
-def confusion_matrix(preds: Predictions) -> np.ndarray:  # counts, shape [K, K]: row = true class, column = answer
+def confusion_matrix(preds: Predictions,  # n rows with their true classes
+                    ) -> np.ndarray:  # counts, shape [K, K]: row = true class, column = answer
     "Count each pair of true class and answer."
     k, y = len(preds.labels), preds.require_y("a confusion matrix")
     return np.bincount(y * k + preds.answers, minlength=k * k).reshape(k, k)
@@ -59,7 +60,7 @@ def f1_of(right: np.ndarray,  # rows rightly given each class, shape [..., K]
 
 # %% ../../nbs/uncertainty/112_quality.ipynb #f1
 @with_interval
-def f1(preds: Predictions,
+def f1(preds: Predictions,  # n rows with their true classes
        average: str = "macro",  # "macro": classes alike; "weighted": by their true rows
        n_boot: int = 1000,  # resamples for the interval
        seed: int = 0,  # of the resamples
@@ -80,7 +81,7 @@ def f1(preds: Predictions,
 
 # %% ../../nbs/uncertainty/112_quality.ipynb #nll
 @with_interval
-def nll(preds: Predictions,
+def nll(preds: Predictions,  # n rows with their true classes
         level: float = 0.95,  # confidence of the interval, between 0 and 1
        ) -> Estimate:  # nats per row, 0 or more
     "Estimate the mean negative log likelihood of the true class."
@@ -89,7 +90,7 @@ def nll(preds: Predictions,
 
 # %% ../../nbs/uncertainty/112_quality.ipynb #brier
 @with_interval
-def brier(preds: Predictions,
+def brier(preds: Predictions,  # n rows with their true classes
           level: float = 0.95,  # confidence of the interval, between 0 and 1
          ) -> Estimate:  # between 0 (sure and right) and 2 (sure and wrong)
     "Estimate the mean squared distance between the probabilities and the truth."
@@ -122,7 +123,7 @@ def class_parts(sums: np.ndarray,  # sums of one class, n >= 1 rows, from `bin_s
     return np.array([reliability, resolution, share * (1 - share), within])
 
 # %% ../../nbs/uncertainty/112_quality.ipynb #brier-parts
-def brier_parts(preds: Predictions,
+def brier_parts(preds: Predictions,  # n rows with their true classes
                 bins: int = 15,  # equal parts of the probabilities 0 to 1
                ) -> BrierParts:  # NaN for no rows
     "Split the Brier score into reliability, resolution and uncertainty."

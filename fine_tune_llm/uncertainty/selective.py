@@ -45,7 +45,7 @@ def ranking(score: Any,  # large where the model is sure, shape [n]
     return Ranking(rows, tie, own, mean[tie] if len(s) else own)
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #chosen
-def chosen(preds: Predictions,
+def chosen(preds: Predictions,  # n rows; with their true classes where no loss is given
            score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
            loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
           ) -> Ranking:
@@ -54,7 +54,7 @@ def chosen(preds: Predictions,
     return ranking(preds.confidence if score is None else score, np.asarray(loss, dtype=np.float64))
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #risk-coverage
-def risk_coverage(preds: Predictions,
+def risk_coverage(preds: Predictions,  # n rows; with their true classes where no loss is given
                   score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
                   loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
                  ) -> tuple[np.ndarray, np.ndarray]:  # (coverage, selective risk), both [n]
@@ -63,7 +63,7 @@ def risk_coverage(preds: Predictions,
     return k / max(len(preds), 1), np.cumsum(chosen(preds, score, loss).expected) / k
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #influence
-def influence(r: Ranking,
+def influence(r: Ranking,  # n rows in the order of confidence
               v: np.ndarray,  # weight of each coverage in the metric, shape [n]
              ) -> np.ndarray:  # how the metric moves with the weight of each row, shape [n], in the order of the rows; mean 0
     "Measure what each row does to a weighted sum of the curve."
@@ -74,9 +74,9 @@ def influence(r: Ranking,
     return out
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #area
-def area(r: Ranking,
+def area(r: Ranking,  # n rows in the order of confidence
          v: np.ndarray,  # weight of each coverage, shape [n]
-        ) -> float:
+        ) -> float:  # in the unit of the loss
     "Add up the losses at each coverage, weighted."
     return float(np.dot(v, np.cumsum(r.expected)))
 
@@ -92,7 +92,7 @@ def risk_weights(n: int,  # rows
 def around(name: str,  # of the metric
            value: float,  # the metric
            psi: np.ndarray,  # influence of each row, shape [n]
-           r: Ranking,
+           r: Ranking,  # the same rows
            level: float,  # confidence of the interval, between 0 and 1
            least: float = 0.0,  # smallest value that the metric can have
           ) -> Estimate:
@@ -115,7 +115,7 @@ def oracle_aurc(errors: int,  # wrong rows, 0 to n
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #aurc
 @with_interval
-def aurc(preds: Predictions,
+def aurc(preds: Predictions,  # n rows; with their true classes where no loss is given
          score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
          loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
          level: float = 0.95,  # confidence of the interval, between 0 and 1
@@ -126,7 +126,7 @@ def aurc(preds: Predictions,
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #eaurc
 @with_interval
-def eaurc(preds: Predictions,
+def eaurc(preds: Predictions,  # n rows; with their true classes where no loss is given
           score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
           loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
           level: float = 0.95,  # confidence of the interval, between 0 and 1
@@ -139,7 +139,7 @@ def eaurc(preds: Predictions,
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #augrc
 @with_interval
-def augrc(preds: Predictions,
+def augrc(preds: Predictions,  # n rows; with their true classes where no loss is given
           score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
           loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
           level: float = 0.95,  # confidence of the interval, between 0 and 1
@@ -152,7 +152,7 @@ def augrc(preds: Predictions,
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #prr
 @with_interval
-def prr(preds: Predictions,
+def prr(preds: Predictions,  # n rows; with their true classes where no loss is given
         score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
         loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
         max_rejection: float = 0.5,  # largest share of rows to reject, above 0, at most 1
@@ -170,7 +170,7 @@ def prr(preds: Predictions,
     return around("prr", ratio, psi, r, level, least=-np.inf)
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #redrawn
-def redrawn(r: Ranking,
+def redrawn(r: Ranking,  # n rows in the order of confidence
             statistic: Callable[[np.ndarray], float],  # of expected losses in the order of confidence
             n_boot: int,  # resamples
             seed: int,  # of the resamples
@@ -185,7 +185,7 @@ def redrawn(r: Ranking,
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #at-point
 def at_point(name: str,  # of the metric
-             r: Ranking,
+             r: Ranking,  # n rows in the order of confidence
              statistic: Callable[[np.ndarray], float],  # of expected losses in the order of confidence
              n_boot: int,  # resamples
              seed: int,  # of the resamples
@@ -200,7 +200,7 @@ def at_point(name: str,  # of the metric
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #risk-at-coverage
 @with_interval
-def risk_at_coverage(preds: Predictions,
+def risk_at_coverage(preds: Predictions,  # n rows; with their true classes where no loss is given
                      coverage: float = 0.8,  # share of rows to answer, above 0, at most 1
                      score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
                      loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
@@ -215,7 +215,7 @@ def risk_at_coverage(preds: Predictions,
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #coverage-at-risk
 @with_interval
-def coverage_at_risk(preds: Predictions,
+def coverage_at_risk(preds: Predictions,  # n rows; with their true classes where no loss is given
                      risk: float = 0.05,  # largest mean loss of the answered rows, 0 or more
                      score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
                      loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong

@@ -54,7 +54,7 @@ def fixed_width(waves: np.ndarray,  # cosine transform of the gaps, divided by t
 
 # %% ../../nbs/uncertainty/116_smooth_ece.ipynb #smooth-ece
 @with_interval
-def smooth_ece(preds: Predictions,
+def smooth_ece(preds: Predictions,  # n rows with their true classes
                n_boot: int = 200,  # draws for the interval, and for `null`
                seed: int = 0,  # of the draws
                level: float = 0.95,  # confidence of the interval, between 0 and 1

@@ -97,7 +97,8 @@ class CalibrationState:
         return {"kind": "calibration-state", "version": 1, "sums": self.sums.tolist()}
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "CalibrationState":
+    def from_dict(cls, raw: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "CalibrationState":
         "Rebuild what `to_dict` gave, bit for bit."
         if raw.get("kind") != "calibration-state" or raw.get("version") != 1:
             raise DataError(f"kind {raw.get('kind')}, version {raw.get('version')} is no calibration state of version 1")
@@ -133,7 +134,7 @@ def token_state(logits: Any,  # next-token logits, shape [..., V]
     return CalibrationState.empty(bins).update(confidence, answers == y[kept])
 
 # %% ../../nbs/uncertainty/111_streaming.ipynb #of-predictions
-def calibration_state(preds: Predictions,
+def calibration_state(preds: Predictions,  # n rows with their true classes
                       bins: int = 15,  # equal parts of the confidences 0 to 1
                      ) -> CalibrationState:
     "Measure the calibration of the answers of predictions."
