@@ -115,7 +115,8 @@ class TemperatureScaling:
     ids_: tuple[str, ...]  # their ids
     names_: tuple[str, ...]  # the labels
 
-    def fit(self, preds: Predictions) -> "TemperatureScaling":
+    def fit(self, preds: Predictions,  # 10 or more rows that nothing has seen, of two classes or more
+           ) -> "TemperatureScaling":  # the same object
         "Find the temperature on 10 or more fresh rows."
         y = mixed_truth(preds, "temperature scaling")
         self.temperature_, self.interval_ = fit_temperature(preds.log_probs, y)
@@ -124,7 +125,8 @@ class TemperatureScaling:
         self.needed_ = self.p_value_ < 0.05
         return self
 
-    def transform(self, logp: np.ndarray) -> np.ndarray:
+    def transform(self, logp: np.ndarray,  # of n rows, natural logarithms
+                 ) -> np.ndarray:  # log probabilities, shape [n, K]
         "Scale log probabilities, shape [n, K]."
         return log_softmax_rows(logp / self.temperature_)
 
@@ -137,7 +139,13 @@ class TemperatureScaling:
     __call__, to_dict, save = recalibrated, estimator_dict, save_estimator
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "TemperatureScaling": return estimator_from(cls, value)
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "TemperatureScaling":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return estimator_from(cls, value)
 
     @classmethod
-    def load(cls, path: str | Path) -> "TemperatureScaling": return load_estimator(cls, path)
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "TemperatureScaling":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return load_estimator(cls, path)

@@ -45,11 +45,13 @@ def calibrators() -> list[Any]:  # not fitted
     return [TemperatureScaling(), *(C(m) for m in modes for C in (PlattScaling, BetaCalibration, HistogramBinning, IsotonicCalibration)),
             VectorScaling(), DirichletCalibration(off_diagonal_sd=0.02), DirichletCalibration(off_diagonal_sd=0.2)]
 
-def unfitted(calibrator: Any) -> Any:
+def unfitted(calibrator: Any,  # fitted or not; is not changed
+            ) -> Any:
     "Give a calibrator with the same settings that has learned nothing."
     return type(calibrator)(**{k: v for k, v in vars(calibrator).items() if not k.endswith("_")})
 
-def settings_name(calibrator: Any) -> str:
+def settings_name(calibrator: Any,  # fitted or not
+                 ) -> str:  # "HistogramBinning(mode='top-label', bins=15)" and the like
     "Name a calibrator by its class and settings."
     return repr(unfitted(calibrator)).replace(", not fitted", "").replace("(not fitted)", "()")
 

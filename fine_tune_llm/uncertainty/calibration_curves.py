@@ -103,7 +103,8 @@ class PlattScaling:
     def __init__(self, mode: str = "one-vs-rest"):  # or "top-label"
         self.mode = mode
 
-    def fit(self, preds: Predictions) -> "PlattScaling":
+    def fit(self, preds: Predictions,  # 10 or more rows that nothing has seen, of two classes or more
+           ) -> "PlattScaling":  # the same object
         "Find the curves on 10 or more fresh rows."
         y, logp = mixed_truth(preds, self.stage), preds.log_probs
         (yes, no), hit = questions(logp, self.mode), hits(logp, y, self.mode)
@@ -111,7 +112,8 @@ class PlattScaling:
         note_fit(self, preds, y)
         return self
 
-    def transform(self, logp: np.ndarray) -> np.ndarray:
+    def transform(self, logp: np.ndarray,  # of n rows, natural logarithms
+                 ) -> np.ndarray:  # log probabilities, shape [n, K]
         "Map log probabilities, shape [n, K]."
         yes, no = questions(logp, self.mode)
         return rows_from(log_expit((yes - no) * self.curves_[:, 0] + self.curves_[:, 1]), logp, self.mode)
@@ -119,10 +121,16 @@ class PlattScaling:
     __call__, __repr__, to_dict, save = recalibrated, fit_line, estimator_dict, save_estimator
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "PlattScaling": return estimator_from(cls, value)
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "PlattScaling":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return estimator_from(cls, value)
 
     @classmethod
-    def load(cls, path: str | Path) -> "PlattScaling": return load_estimator(cls, path)
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "PlattScaling":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return load_estimator(cls, path)
 
 # %% ../../nbs/uncertainty/125_calibration_curves.ipynb #beta
 class BetaCalibration:
@@ -133,7 +141,8 @@ class BetaCalibration:
     def __init__(self, mode: str = "one-vs-rest"):  # or "top-label"
         self.mode = mode
 
-    def fit(self, preds: Predictions) -> "BetaCalibration":
+    def fit(self, preds: Predictions,  # 10 or more rows that nothing has seen, of two classes or more
+           ) -> "BetaCalibration":  # the same object
         "Find the curves on 10 or more fresh rows."
         y, logp = mixed_truth(preds, self.stage), preds.log_probs
         (yes, no), hit = questions(logp, self.mode), hits(logp, y, self.mode)
@@ -142,7 +151,8 @@ class BetaCalibration:
         note_fit(self, preds, y)
         return self
 
-    def transform(self, logp: np.ndarray) -> np.ndarray:
+    def transform(self, logp: np.ndarray,  # of n rows, natural logarithms
+                 ) -> np.ndarray:  # log probabilities, shape [n, K]
         "Map log probabilities, shape [n, K]."
         (yes, no), (a, b, c) = questions(logp, self.mode), self.curves_.T
         return rows_from(log_expit(a * yes - b * no + c), logp, self.mode)
@@ -150,7 +160,13 @@ class BetaCalibration:
     __call__, __repr__, to_dict, save = recalibrated, fit_line, estimator_dict, save_estimator
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "BetaCalibration": return estimator_from(cls, value)
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "BetaCalibration":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return estimator_from(cls, value)
 
     @classmethod
-    def load(cls, path: str | Path) -> "BetaCalibration": return load_estimator(cls, path)
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "BetaCalibration":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return load_estimator(cls, path)

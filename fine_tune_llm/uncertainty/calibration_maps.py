@@ -92,24 +92,32 @@ class VectorScaling:
                  shift_sd: float = 1.0):  # how far a shift may stray from 0, in nats
         self.weight_sd, self.shift_sd = spread_of(weight_sd=weight_sd), spread_of(shift_sd=shift_sd)
 
-    def fit(self, preds: Predictions) -> "VectorScaling":
+    def fit(self, preds: Predictions,  # 10 or more rows that nothing has seen, of two classes or more
+           ) -> "VectorScaling":  # the same object
         "Find the weights and shifts on 10 or more fresh rows."
         y = mixed_truth(preds, self.stage)
         self.weights_, self.shifts_ = fit_vector(preds.log_probs, y, self.weight_sd, self.shift_sd)
         note_fit(self, preds, y)
         return self
 
-    def transform(self, logp: np.ndarray) -> np.ndarray:
+    def transform(self, logp: np.ndarray,  # of n rows, natural logarithms
+                 ) -> np.ndarray:  # log probabilities, shape [n, K]
         "Map log probabilities, shape [n, K]."
         return log_softmax_rows(logp * self.weights_ + self.shifts_)
 
     __call__, __repr__, to_dict, save = recalibrated, fit_line, estimator_dict, save_estimator
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "VectorScaling": return estimator_from(cls, value)
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "VectorScaling":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return estimator_from(cls, value)
 
     @classmethod
-    def load(cls, path: str | Path) -> "VectorScaling": return load_estimator(cls, path)
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "VectorScaling":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return load_estimator(cls, path)
 
 # %% ../../nbs/uncertainty/124_calibration_maps.ipynb #dirichlet-fit
 def fit_matrix(logp: np.ndarray,  # log probabilities, shape [n, K]
@@ -140,21 +148,29 @@ class DirichletCalibration:
         self.off_diagonal_sd, self.weight_sd = spread_of(off_diagonal_sd=off_diagonal_sd), spread_of(weight_sd=weight_sd)
         self.shift_sd = spread_of(shift_sd=shift_sd)
 
-    def fit(self, preds: Predictions) -> "DirichletCalibration":
+    def fit(self, preds: Predictions,  # 10 or more rows that nothing has seen, of two classes or more
+           ) -> "DirichletCalibration":  # the same object
         "Find the matrix and the shifts on 10 or more fresh rows."
         y = mixed_truth(preds, self.stage)
         self.weights_, self.shifts_ = fit_matrix(preds.log_probs, y, self.off_diagonal_sd, self.weight_sd, self.shift_sd)
         note_fit(self, preds, y)
         return self
 
-    def transform(self, logp: np.ndarray) -> np.ndarray:
+    def transform(self, logp: np.ndarray,  # of n rows, natural logarithms
+                 ) -> np.ndarray:  # log probabilities, shape [n, K]
         "Map log probabilities, shape [n, K]."
         return log_softmax_rows(logp @ self.weights_.T + self.shifts_)
 
     __call__, __repr__, to_dict, save = recalibrated, fit_line, estimator_dict, save_estimator
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "DirichletCalibration": return estimator_from(cls, value)
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "DirichletCalibration":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return estimator_from(cls, value)
 
     @classmethod
-    def load(cls, path: str | Path) -> "DirichletCalibration": return load_estimator(cls, path)
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "DirichletCalibration":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return load_estimator(cls, path)

@@ -24,7 +24,7 @@ Estimator = TypeVar("Estimator")
 NOTED = ("nll_before_", "nll_after_", "n_", "ids_", "names_")  # what `note_fit` writes into every calibrator
 
 # %% ../../nbs/uncertainty/120_fitting.ipynb #fresh
-def fresh_truth(preds: Predictions,
+def fresh_truth(preds: Predictions,  # n rows with their true classes
                 purpose: str,  # what the rows are to be used for
                 least: int = 1,  # rows that will do
                 accept: str = "",  # a reason to use rows that an earlier stage has used
@@ -35,7 +35,7 @@ def fresh_truth(preds: Predictions,
     return preds.require_y(purpose)
 
 # %% ../../nbs/uncertainty/120_fitting.ipynb #mixed
-def mixed_truth(preds: Predictions,
+def mixed_truth(preds: Predictions,  # n rows with their true classes
                 purpose: str,  # what the rows are to be used for
                 least: int = 10,  # rows that will do
                ) -> np.ndarray:  # true classes, shape [n], two or more of them
@@ -72,7 +72,8 @@ def expect_kind(value: Mapping[str, Any],  # what a JSON file held
     return value
 
 # %% ../../nbs/uncertainty/120_fitting.ipynb #require-fitted
-def require_fitted(estimator: object) -> None:
+def require_fitted(estimator: object,  # whose learned values end in an underscore
+                  ) -> None:
     "Refuse to use an estimator that has learned nothing."
     if not any(name.endswith("_") for name in vars(estimator)):
         raise ConfigurationError(f"{type(estimator).__name__} is not fitted", fix="call fit, or load a fitted one")
@@ -97,7 +98,7 @@ def estimator_dict(estimator: Any,  # fitted, with a `kind`
     require_fitted(estimator)
     return {"kind": estimator.kind, "version": 1, **{k.removesuffix("_"): plain(v) for k, v in vars(estimator).items()}}
 
-def estimator_from(cls: type[Estimator],
+def estimator_from(cls: type[Estimator],  # class to rebuild, whose `kind` the values must name
                    value: Mapping[str, Any],  # what `estimator_dict` gave
                    noted: tuple[str, ...] = NOTED,  # learned values that the class does not annotate
                   ) -> Estimator:  # fitted
@@ -111,17 +112,22 @@ def estimator_from(cls: type[Estimator],
     return estimator
 
 # %% ../../nbs/uncertainty/120_fitting.ipynb #estimator-save
-def save_estimator(estimator: Any, path: str | Path) -> None:
+def save_estimator(estimator: Any,  # fitted, with a `kind`
+                   path: str | Path,  # JSON file to write or replace
+                  ) -> None:
     "Write one JSON file."
     save_json(path, estimator_dict(estimator))
 
-def load_estimator(cls: type[Estimator], path: str | Path) -> Estimator:
+def load_estimator(cls: type[Estimator],  # class that must have written it
+                   path: str | Path,  # JSON file of `save`
+                  ) -> Estimator:  # fitted
     "Read what `save` wrote."
     return estimator_from(cls, load_json(path))
 
 # %% ../../nbs/uncertainty/120_fitting.ipynb #recalibrated
 def recalibrated(calibrator: Any,  # fitted, with a `stage` and a `transform` of log probabilities
-                 preds: Predictions) -> Predictions:
+                 preds: Predictions,  # n rows with the calibrator's labels, not calibrated by it before
+                ) -> Predictions:  # with probabilities, where there were logits
     "Give predictions with the calibrator applied, and its rows in their ledger."
     require_fitted(calibrator)
     if preds.labels.names != calibrator.names_:
@@ -142,7 +148,8 @@ def note_fit(calibrator: Any,  # whose `transform` works already
     calibrator.ids_, calibrator.names_ = tuple(preds.ids.tolist()), preds.labels.names
 
 # %% ../../nbs/uncertainty/120_fitting.ipynb #fit-line
-def fit_line(calibrator: Any) -> str:
+def fit_line(calibrator: Any,  # fitted or not
+            ) -> str:  # class, settings, rows and nll before and after
     "Say in one line what a calibrator was fitted on and what that did."
     own = {k: v for k, v in vars(calibrator).items() if not k.endswith("_")}
     state = "not fitted"
