@@ -16,7 +16,7 @@ from .metrics import Estimate
 from .sets import PredictionSets, share_covered
 
 # %% ../../nbs/uncertainty/137_conditional.ipynb #parts
-def coverage_by(sets: PredictionSets,
+def coverage_by(sets: PredictionSets,  # of n rows that did not calibrate
                 y: ArrayLike,  # true classes, shape [n]
                 column: ArrayLike,  # a group for each row, shape [n]
                 level: float = 0.95,  # confidence of each interval, between 0 and 1
@@ -27,7 +27,7 @@ def coverage_by(sets: PredictionSets,
     return {str(g): share_covered(hits[groups == g], level) for g in np.unique(groups)}
 
 # %% ../../nbs/uncertainty/137_conditional.ipynb #coverage-by-class-def
-def coverage_by_class(sets: PredictionSets,
+def coverage_by_class(sets: PredictionSets,  # of n rows that did not calibrate
                       y: ArrayLike,  # true classes, shape [n]
                       level: float = 0.95,  # confidence of each interval, between 0 and 1
                      ) -> dict[str, Estimate]:  # class name -> its coverage, in the order of the labels
@@ -46,7 +46,7 @@ def coverage_gap(parts: dict[str, Estimate],  # what `coverage_by` or `coverage_
     return float(np.mean(gap)), float(np.mean(chance))
 
 # %% ../../nbs/uncertainty/137_conditional.ipynb #strata
-def size_strata(sets: PredictionSets,
+def size_strata(sets: PredictionSets,  # of n rows that did not calibrate
                 y: ArrayLike,  # true classes, shape [n]
                 starts: Sequence[int] = (0, 1, 2, 4, 11, 101),  # first size of each stratum, rising from 0
                 level: float = 0.95,  # confidence of each interval, between 0 and 1
@@ -72,7 +72,7 @@ def lowest_stretch(at: np.ndarray,  # one number for each row, shape [n]
     return float(share[i, j]), float(at[order[rows[i]]]), float(at[order[rows[j] - 1]])
 
 # %% ../../nbs/uncertainty/137_conditional.ipynb #slab
-def worst_slab(sets: PredictionSets,
+def worst_slab(sets: PredictionSets,  # of n rows that did not calibrate, 40 / mass or more
                y: ArrayLike,  # true classes, shape [n]
                features: np.ndarray,  # what describes the rows, finite numbers, shape [n, d]
                mass: float = 0.1,  # least share of rows in the slab, between 0 and 1

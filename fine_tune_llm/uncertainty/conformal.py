@@ -67,13 +67,15 @@ class Line:
     weights: np.ndarray | None = None  # ratio of densities of each row, shape [n]
     clusters: np.ndarray | None = None  # cluster of each class by name, shape [K]
 
-    def cuts(self, promise: Promise, alpha: float) -> dict[str, Cut]:
+    def cuts(self, promise: Promise,  # whose delta counts where it is pac
+             alpha: float,  # share of misses to tolerate, between 0 and 1
+            ) -> dict[str, Cut]:
         "Pick the threshold of each part, or of all rows under the name ''."
         if self.strata is not None: return strata_cuts(self.scores, self.strata, alpha)
         return {"": cut_of(self.scores, alpha, promise.delta if promise.kind == "pac" else None)}
 
 # %% ../../nbs/uncertainty/140_conformal.ipynb #columns
-def group_of(preds: Predictions,
+def group_of(preds: Predictions,  # n rows with group columns
              column: str,  # name of a group column
             ) -> np.ndarray:  # group of each row by name, shape [n]
     "Read a group column."
@@ -83,9 +85,9 @@ def group_of(preds: Predictions,
     return preds.groups[column].astype(str).to_numpy(dtype=str)
 
 # %% ../../nbs/uncertainty/140_conformal.ipynb #strata-of-def
-def strata_of(preds: Predictions,
+def strata_of(preds: Predictions,  # n calibration rows
               y: np.ndarray,  # true classes, shape [n]
-              promise: Promise,
+              promise: Promise,  # which guarantee, and its column
               clusters: np.ndarray | None,  # cluster of each class by name, shape [K], for clustered
              ) -> np.ndarray | None:  # part of each row by name, shape [n]; None where one threshold serves all
     "Say which part of the data each calibration row belongs to."
@@ -94,8 +96,8 @@ def strata_of(preds: Predictions,
     return clusters[y] if clusters is not None else None
 
 # %% ../../nbs/uncertainty/140_conformal.ipynb #limits
-def limits(line: Line,
-           promise: Promise,
+def limits(line: Line,  # scores of the calibration rows
+           promise: Promise,  # that the line was made for
            preds: Predictions,  # rows to predict
            alpha: float,  # share of misses to tolerate, between 0 and 1
            weights: ArrayLike | None,  # ratio of densities of each row to predict, shape [n], for weighted
@@ -109,8 +111,8 @@ def limits(line: Line,
     return np.full(n, cuts[""].value)
 
 # %% ../../nbs/uncertainty/140_conformal.ipynb #words
-def promised(line: Line,
-             promise: Promise,
+def promised(line: Line,  # scores of the calibration rows
+             promise: Promise,  # that the line was made for
              alpha: float,  # share of misses to tolerate, between 0 and 1
              classes: int,  # how many classes there are
             ) -> str:  # sentences for a report
@@ -124,7 +126,7 @@ def promised(line: Line,
 
 # %% ../../nbs/uncertainty/140_conformal.ipynb #tuned
 def tuned(score: Score,  # as it was asked for
-          promise: Promise,
+          promise: Promise,  # clustered asks for clusters
           tuning: Predictions | None,  # rows that will not calibrate, with their true classes
           u: np.ndarray,  # their coins, shape [n]
           alpha: float,  # share of misses to tolerate, between 0 and 1
@@ -162,14 +164,14 @@ def fit_conformal(self: Any,  # a ConformalClassifier
 # %% ../../nbs/uncertainty/140_conformal.ipynb #predict
 def rank_of(n: int,  # calibration rows
             alpha: float,  # share of misses to tolerate, between 0 and 1
-            promise: Promise,
+            promise: Promise,  # whose delta counts where it is pac
            ) -> int:  # from 1 to n + 1
     "Count the rank of a threshold that would serve all rows."
     return pac_rank(n, alpha, promise.delta) if promise.kind == "pac" else marginal_rank(n, alpha)
 
 # %% ../../nbs/uncertainty/140_conformal.ipynb #predict-sets-def
 def predict_sets(self: Any,  # a ConformalClassifier
-                 preds: Predictions,
+                 preds: Predictions,  # rows to predict, with the labels of the calibration
                  alpha: float | None = None,  # share of misses to tolerate; None for that of the classifier
                  weights: ArrayLike | None = None,  # ratio of densities of each row, shape [n], for weighted
                 ) -> PredictionSets:
@@ -185,7 +187,8 @@ def predict_sets(self: Any,  # a ConformalClassifier
                           frozenset(self.ids_), "none" if self.void_ else self.guarantee)
 
 # %% ../../nbs/uncertainty/140_conformal.ipynb #json
-def line_dict(line: Line) -> dict[str, Any]:
+def line_dict(line: Line,  # scores of the calibration rows
+             ) -> dict[str, Any]:  # what JSON can hold; an infinite score is None
     "Give a line as plain values."
     plain = {k: None if v is None else v.tolist() for k, v in vars(line).items()}
     return {**plain, "scores": [s if np.isfinite(s) else None for s in line.scores.tolist()]}
@@ -257,7 +260,8 @@ class ConformalClassifier:
         self.settings = Score(self.score, self.lam, self.k_reg, self.weight, self.gamma)
         self.promise = Promise(self.guarantee, self.delta, self.column, self.clusters)
 
-    def coins(self, ids: np.ndarray) -> np.ndarray:
+    def coins(self, ids: np.ndarray,  # of the rows, shape [n]
+             ) -> np.ndarray:  # from 0 to 1, shape [n]
         "Give the coin of each row, or 1 where none is tossed."
         return row_coins(ids, self.seed) if self.settings.tossed and self.randomized else np.ones(len(ids))
 
@@ -276,11 +280,13 @@ class ConformalClassifier:
         state = told_threshold(self) if hasattr(self, "n_") else "not fitted"
         return f"ConformalClassifier({self.score!r}, alpha = {self.alpha:g}, {state})"
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path,  # JSON file to write or replace
+            ) -> None:
         "Write one JSON file."
         save_json(path, self.to_dict())
 
     @staticmethod
-    def load(path: str | Path) -> "ConformalClassifier":
+    def load(path: str | Path,  # JSON file of `save`
+            ) -> "ConformalClassifier":
         "Read what `save` wrote."
         return conformal_from(load_json(path))

@@ -29,7 +29,7 @@ def cross_bound(n: int,  # calibration rows in all folds
 # %% ../../nbs/uncertainty/144_cross.ipynb #below
 def count_below(calibration: Predictions,  # the rows that a fold's model has not seen, with their true classes
                 test: Predictions,  # the rows to predict, by the same model
-                score: Score,
+                score: Score,  # its name and settings
                 u: tuple[np.ndarray, np.ndarray],  # coins of both
                ) -> np.ndarray:  # for each class of each row: how many calibration scores lie below its own, shape [m, K]
     "Compare every class with the calibration rows of one fold."

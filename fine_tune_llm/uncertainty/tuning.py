@@ -19,7 +19,7 @@ from .scores import Score, ahead, block_values, blocks, row_coins, true_scores
 from .sets import bit_counts, bits_at
 
 # %% ../../nbs/uncertainty/139_tuning.ipynb #share
-def part_rows(preds: Predictions,
+def part_rows(preds: Predictions,  # rows that calibrate, or that are parted
               tuning: Predictions | None,  # rows that tune, if they are given
               share: float,  # otherwise the share of `preds` that tunes, from 0 to below 1
               seed: int = 0,  # of the coins that pick them
@@ -35,7 +35,7 @@ def part_rows(preds: Predictions,
     return preds.take(~tunes), preds.take(tunes)
 
 # %% ../../nbs/uncertainty/139_tuning.ipynb #places
-def free_places(preds: Predictions,
+def free_places(preds: Predictions,  # n rows that will not calibrate
                 y: np.ndarray,  # true classes, shape [n]
                 alpha: float,  # share of misses we tolerate, between 0 and 1
                ) -> int:  # from 1 to K
