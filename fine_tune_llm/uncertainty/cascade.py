@@ -30,7 +30,7 @@ def stage_of(ids: np.ndarray,  # row ids, shape [n]
     return np.array([int.from_bytes(d, "big") % stages for d in digests], dtype=np.int64)
 
 # %% ../../nbs/uncertainty/156_cascade.ipynb #pick
-def pick(preds: Predictions,
+def pick(preds: Predictions,  # what the model said, on these rows and maybe others
          ids: np.ndarray,  # rows that are needed, shape [m]
          stage: int,  # of the model, from 0, for the message
         ) -> Predictions:  # those rows, in that order
@@ -64,13 +64,17 @@ class Routed:
         "Count the rows that each stage answered, and those that went to a person."
         return np.bincount(self.stage, minlength=len(self.prices) + 1).tolist()
 
-    def risk(self, y: np.ndarray, level: float = 0.95) -> Estimate:
+    def risk(self, y: np.ndarray,  # class numbers, shape [n]
+             level: float = 0.95,  # confidence of the interval, between 0 and 1
+            ) -> Estimate:
         "Estimate the share of wrong answers among those given, for true classes `y`."
         refuse_overlap(self.ids, {"the risk certificate": self.calibration_ids}, "a selective risk")
         given = self.action >= 0
         return rate(int((self.action != y)[given].sum()), int(given.sum()), "selective risk", level)
 
-    def mean_cost(self, y: np.ndarray, level: float = 0.95) -> Estimate:
+    def mean_cost(self, y: np.ndarray,  # class numbers, shape [n]
+                  level: float = 0.95,  # confidence of the interval, between 0 and 1
+                 ) -> Estimate:
         "Estimate what a row costs, models included, for true classes `y`."
         refuse_overlap(self.ids, {"the risk certificate": self.calibration_ids}, "a mean cost")
         asked = np.cumsum(self.prices)[np.minimum(self.stage, len(self.prices) - 1)]
@@ -101,7 +105,9 @@ class Cascade:
             raise ConfigurationError(f"{len(prices)} prices for {len(policies)} policies", fix="give one price per model")
         self.policies, self.prices = list(policies), tuple(prices or [0.0] * len(policies))
 
-    def fit(self, preds: Sequence[Predictions], accept_overlap: str = "") -> "Cascade":
+    def fit(self, preds: Sequence[Predictions],  # of each model, first to last, with the true classes
+            accept_overlap: str = "",  # why rows may be used that were used before; leaves no guarantee
+           ) -> "Cascade":  # the same object
         "Calibrate each policy on its own share of the rows, and there on those that reach it."
         if len(preds) != len(self.policies): raise DataError(f"predictions of {len(preds)} models for {len(self.policies)} policies")
         share, self.policies_ = stage_of(preds[0].ids, len(preds)), list[DecisionPolicy]()
@@ -118,7 +124,8 @@ class Cascade:
         require_fitted(self)
         return joint_promise(self.policies_)
 
-    def decide(self, preds: Sequence[Predictions]) -> Routed:
+    def decide(self, preds: Sequence[Predictions],  # of each model, first to last
+              ) -> Routed:
         "Route each row of the first predictions; later models need only the rows that reach them."
         require_fitted(self)
         action, stage = route(self.policies_, preds, preds[0].ids)

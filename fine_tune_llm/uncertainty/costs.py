@@ -47,7 +47,7 @@ class Weighed:
     p: np.ndarray  # its probability, shape [n]
     paid: np.ndarray  # True where it costs no more than a person, shape [n]
 
-def weigh(preds: Predictions,
+def weigh(preds: Predictions,  # n rows of K classes
           costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
           price: float | None,  # expected cost from which on a person is asked; `None` for never
          ) -> Weighed:
@@ -95,24 +95,29 @@ class Decisions:
         "Give True where the policy abstains, shape [n]."
         return self.action < 0
 
-    def abstention(self, level: float = 0.95) -> Estimate:
+    def abstention(self, level: float = 0.95,  # confidence of the interval, between 0 and 1
+                  ) -> Estimate:
         "Estimate the share of rows that get no answer."
         return rate(int(self.abstained.sum()), len(self), "abstention", level)
 
-    def selective_risk(self, y: np.ndarray, level: float = 0.95) -> Estimate:
+    def selective_risk(self, y: np.ndarray,  # class numbers, shape [n]
+                       level: float = 0.95,  # confidence of the interval, between 0 and 1
+                      ) -> Estimate:
         "Estimate the share of wrong answers among those given, for true classes `y`."
         refuse_overlap(self.ids, {"the risk certificate": self.calibration_ids}, "a selective risk")
         return rate(int((self.action != y)[~self.abstained].sum()), int((~self.abstained).sum()), "selective risk", level)
 
     risk = selective_risk
 
-    def mean_cost(self, y: np.ndarray, level: float = 0.95) -> Estimate:
+    def mean_cost(self, y: np.ndarray,  # class numbers, shape [n]
+                  level: float = 0.95,  # confidence of the interval, between 0 and 1
+                 ) -> Estimate:
         "Estimate what a row costs, for true classes `y`."
         refuse_overlap(self.ids, {"the risk certificate": self.calibration_ids}, "a mean cost")
         return mean(row_costs(self.action, y, self.costs, self.abstain_cost), "mean cost", level)
 
 # %% ../../nbs/uncertainty/154_costs.ipynb #against-always
-def cost_against_always(decisions: Decisions,
+def cost_against_always(decisions: Decisions,  # of n rows behind no certificate
                         y: np.ndarray,  # true classes, shape [n]
                         level: float = 0.95,  # confidence of the intervals, between 0 and 1
                        ) -> dict[str, Estimate]:  # "policy", "always" and "saved" = always - policy, cost per row
@@ -135,7 +140,7 @@ def plain_threshold(preds: Predictions,  # rows with true classes, to tune on
     return float(conf[order][last[bill[last].argmin()]]) if len(y) and bill[last].min() < 0 else np.inf
 
 # %% ../../nbs/uncertainty/154_costs.ipynb #against-plain
-def cost_against_plain(decisions: Decisions,
+def cost_against_plain(decisions: Decisions,  # of n rows behind no certificate
                        preds: Predictions,  # the same rows, with true classes
                        threshold: float,  # confidence from which on the plain policy answers
                        level: float = 0.95,  # confidence of the intervals, between 0 and 1

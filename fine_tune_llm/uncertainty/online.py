@@ -77,7 +77,8 @@ class AdaptiveConformal:
         if not 0 < step < np.inf: raise ConfigurationError(f"step must be a positive number, got {step}", where="step")
         self.alpha, self.step = alpha, step
 
-    def fit(self, preds: Predictions) -> "AdaptiveConformal":
+    def fit(self, preds: Predictions,  # n rows that nothing has seen, with their true classes
+           ) -> "AdaptiveConformal":  # the same object
         "Keep the scores of rows that nothing has seen, and start at alpha."
         y = fresh_truth(preds, "adaptive conformal prediction")
         self.scores_ = np.sort(-preds.log_probs[np.arange(len(y)), y])
@@ -85,7 +86,8 @@ class AdaptiveConformal:
         self.ids_, self.names_ = tuple(preds.ids.tolist()), preds.labels.names
         return self
 
-    def p_values(self, preds: Predictions) -> np.ndarray:
+    def p_values(self, preds: Predictions,  # n rows of the stream
+                ) -> np.ndarray:
         "Give the p-value of every class of every row, shape [n, K]."
         require_fitted(self)
         if preds.labels.names != self.names_:
@@ -93,11 +95,13 @@ class AdaptiveConformal:
         refuse_overlap(preds.ids, {"calibration": frozenset(self.ids_)}, "the stream")
         return rank_p_values(self.scores_, -preds.log_probs)
 
-    def predict(self, preds: Predictions) -> np.ndarray:
+    def predict(self, preds: Predictions,  # n rows of the stream
+               ) -> np.ndarray:  # bool, shape [n, K]
         "Say which classes are in the set of each row at the level of the moment, shape [n, K]."
         return self.p_values(preds) > self.level_
 
-    def update(self, preds: Predictions) -> "AdaptiveConformal":
+    def update(self, preds: Predictions,  # rows of the stream, with their true classes
+              ) -> "AdaptiveConformal":  # the same object
         "Learn from rows whose truth is known, in their order in time."
         y = preds.require_y("adaptive conformal prediction")
         levels, missed = adapt(self.p_values(preds)[np.arange(len(y)), y], self.alpha, self.step, self.level_)
@@ -111,7 +115,13 @@ class AdaptiveConformal:
     to_dict, save = estimator_dict, save_estimator
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "AdaptiveConformal": return estimator_from(cls, value, noted=())
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "AdaptiveConformal":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return estimator_from(cls, value, noted=())
 
     @classmethod
-    def load(cls, path: str | Path) -> "AdaptiveConformal": return cls.from_dict(load_json(path))
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "AdaptiveConformal":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return cls.from_dict(load_json(path))

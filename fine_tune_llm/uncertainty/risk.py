@@ -40,7 +40,7 @@ def check_settings(max_risk: float | None,  # share of wrong answers, or mean co
         raise ConfigurationError(f"{name} must lie between 0 and 1, got {x}")
 
 # %% ../../nbs/uncertainty/155_risk.ipynb #losses
-def answer_losses(w: Weighed,
+def answer_losses(w: Weighed,  # best answer of each of n rows
                   y: np.ndarray,  # true classes, shape [n]
                   costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
                   loss: str,  # "errors" or "cost"
@@ -78,7 +78,7 @@ class Certificate:
     coverage: float  # share of calibration rows that would be answered
     coverage_low: float  # bound on the share of rows to come that will be, at confidence 1 - delta
 
-def find_certificate(w: Weighed,
+def find_certificate(w: Weighed,  # best answer of each of n rows
                      losses: np.ndarray,  # wrong or not, or cost between 0 and 1, shape [n]
                      max_risk: float,  # limit on the mean of `losses` among answers, between 0 and 1
                      delta: float,  # probability that a promise may be broken
@@ -133,7 +133,7 @@ def unlimited(abstain_cost: float | None,  # cost of asking a person
             "certified_risk_": None, "certified_coverage_": None, "coverage_low_": None}
 
 # %% ../../nbs/uncertainty/155_risk.ipynb #learn-price
-def learn_price(preds: Predictions,
+def learn_price(preds: Predictions,  # n rows that nothing has seen; no truth is needed
                 costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
                 s: Any,  # a DecisionPolicy: the settings
                ) -> dict[str, Any]:  # learned values by name
@@ -143,7 +143,7 @@ def learn_price(preds: Predictions,
     return {"price_": price if price < np.inf else None}
 
 # %% ../../nbs/uncertainty/155_risk.ipynb #learn-risk
-def learn_risk(preds: Predictions,
+def learn_risk(preds: Predictions,  # n rows that nothing has seen
                y: np.ndarray,  # true classes, shape [n]
                costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
                s: Any,  # a DecisionPolicy: the settings
@@ -159,7 +159,7 @@ def learn_risk(preds: Predictions,
             "certified_risk_": max_risk if c.threshold < np.inf else None, "certified_coverage_": c.coverage}
 
 # %% ../../nbs/uncertainty/155_risk.ipynb #learn
-def learn_policy(preds: Predictions,
+def learn_policy(preds: Predictions,  # n rows; with their true classes for a limit on the risk
                  costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
                  s: Any,  # a DecisionPolicy: the settings
                  accept: str,  # why rows that were used before will do; "" if they must not
@@ -195,12 +195,15 @@ class DecisionPolicy:
         self.costs, self.abstain_cost, self.max_risk, self.delta = costs, abstain_cost, max_risk, delta
         self.max_abstention, self.loss = max_abstention, loss
 
-    def outlook(self, preds: Predictions) -> str:
+    def outlook(self, preds: Predictions,  # n rows with their true classes
+               ) -> str:
         "Say what the limit on the risk will take at least, before calibrating; best on validation rows."
         if self.max_risk is None: return promise(None, self.delta, 0.0, 0)
         return outlook(preds, cost_array(self.costs, len(preds.labels)), self.max_risk, self.delta, self.max_abstention, self.loss)
 
-    def fit(self, preds: Predictions, accept_overlap: str = "") -> "DecisionPolicy":
+    def fit(self, preds: Predictions,  # n rows; with their true classes for a limit on the risk
+            accept_overlap: str = "",  # why rows may be used that were used before; leaves no guarantee
+           ) -> "DecisionPolicy":  # the same object
         "Certify on fresh rows; without a limit to keep, only the labels are taken from them."
         self.costs_, self.labels_ = cost_array(self.costs, len(preds.labels)).tolist(), preds.labels
         vars(self).update(learn_policy(preds, np.asarray(self.costs_), self, accept_overlap))
@@ -214,24 +217,35 @@ class DecisionPolicy:
         return (promise(self.max_risk, self.delta, self.threshold_, self.n_, self.loss)
                 + room_promise(self.max_abstention, self.roomy_ and self.threshold_ < np.inf, self.delta))
 
-    def decide(self, preds: Predictions) -> Decisions:
+    def decide(self, preds: Predictions) -> Decisions:  # n rows with the policy's labels
         "Choose an action for each row."
         require_fitted(self)
         return decide(self, preds)
 
     def __repr__(self) -> str: return f"DecisionPolicy({self.promise if hasattr(self, 'labels_') else 'not fitted'})"
-    def to_dict(self) -> dict[str, Any]: return to_values(self)
-    def save(self, path: str | Path) -> None: save_json(path, self.to_dict())
+    def to_dict(self) -> dict[str, Any]:
+        "Give the settings and what was learned as plain values."
+        return to_values(self)
+    def save(self, path: str | Path,  # JSON file to write or replace
+            ) -> None:
+        "Write one JSON file that appears under its name only when complete."
+        save_json(path, self.to_dict())
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "DecisionPolicy": return from_values(cls(), value)
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "DecisionPolicy":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return from_values(cls(), value)
 
     @classmethod
-    def load(cls, path: str | Path) -> "DecisionPolicy": return cls.from_dict(load_json(path))
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "DecisionPolicy":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return cls.from_dict(load_json(path))
 
 # %% ../../nbs/uncertainty/155_risk.ipynb #decide
 def decide(policy: DecisionPolicy,  # fitted
-           preds: Predictions,
+           preds: Predictions,  # n rows with the policy's labels
           ) -> Decisions:
     "Give each row its answer, or -1 where it is not worth its cost or not sure enough."
     if preds.labels.names != policy.labels_.names:
@@ -242,7 +256,8 @@ def decide(policy: DecisionPolicy,  # fitted
     return Decisions(action, w.answer, w.cost, preds.ids, preds.labels, costs, policy.abstain_cost, frozenset(policy.ids_), policy.promise)
 
 # %% ../../nbs/uncertainty/155_risk.ipynb #to-values
-def to_values(policy: DecisionPolicy) -> dict[str, Any]:
+def to_values(policy: DecisionPolicy,  # fitted
+             ) -> dict[str, Any]:  # what JSON can hold; a threshold of +inf is None
     "Give the settings of a policy and what it learned as plain values."
     require_fitted(policy)
     value = {**vars(policy), "costs": policy.costs_, "labels_": asdict(policy.labels_)}
