@@ -75,7 +75,7 @@ def evidence_map(d: Dossier,  # whose evidence is linked
                  today: date | None = None,  # for which waivers are judged
                  clauses: Sequence[Clause] = CLAUSES,  # parts to link to, one row each
                 ) -> pd.DataFrame:  # framework, part, asks, state, shown by, evidence
-    "Link evidence to the parts of frameworks; no compliance is claimed."
+    "Link evidence to the parts of frameworks, claiming no compliance; raise ConfigurationError for an unknown requirement."
     events, now, rows = d.events, {s.requirement.name: s for s in d.standings(today)}, []
     if unknown := sorted({n for c in clauses for n in c.shown_by} - {*now, "trail", "signatures"}):
         raise ConfigurationError(f"no requirement {unknown[0]!r}", where="clauses", fix=f"use {', '.join(now)}, trail or signatures")
@@ -174,7 +174,7 @@ def save_dossier(d: Dossier,  # any dossier, sound or not
                  path: str | Path,  # ends in .html, .md or .json
                  today: date | None = None,  # for which waivers are judged
                 ) -> None:
-    "Write the state of a dossier for people (.html), as a model card (.md), or for programs (.json)."
+    "Write a dossier for people (.html), as a model card (.md) or for programs (.json); raise ConfigurationError for any other suffix."
     path, day = Path(path), today or date.today()
     if path.suffix == ".json": return save_json(path, d.to_dict(day))
     if path.suffix not in (".html", ".md"):

@@ -30,7 +30,7 @@ from ..uncertainty.risk import DecisionPolicy
 # %% ../../nbs/audit/280_comparison.ipynb #same
 def require_same_rows(systems: Mapping[str, Predictions],  # name -> predictions of test rows
                      ) -> Predictions:  # the first of them
-    "Refuse systems that did not answer the same rows."
+    "Refuse systems that did not answer the same rows with DataError, and fewer than two with ConfigurationError."
     if len(systems) < 2: raise ConfigurationError(f"{len(systems)} system is nothing to compare", where="systems", fix="give two or more, by name")
     (first, a), *rest = systems.items()
     y = a.require_y("a comparison")
@@ -55,7 +55,7 @@ def moves(m: Metric,  # a rate, a mean or a calibration error of all rows
 def related(a: Metric, b: Metric,  # of two systems
             rows: np.ndarray,  # positions, shape [n]
            ) -> float:  # correlation of both estimates, 0 to 0.99; negative ones count as 0
-    "Measure how far two estimates move together."
+    "Measure how far two estimates move together, as the correlation of their influences."
     x, y = moves(a, rows), moves(b, rows)
     x, y = x - x.mean(), y - y.mean()
     size = np.sqrt((x @ x) * (y @ y))
@@ -76,7 +76,7 @@ def joined_gap(a: Metric, b: Metric,  # of two systems
                rows: np.ndarray,  # positions, shape [n]
                level: float,  # confidence of the interval
               ) -> Estimate:  # second minus first
-    "Join the intervals of two systems, less what they have in common."
+    "Join the intervals of two systems, less what they have in common (squared arms: Zou and Donner, 2008)."
     (_, x, n), (_, y, m) = both_ends(a, rows, level), both_ends(b, rows, level)
     e, least = gap_of(y, x, related(a, b, rows)), min(n, m)
     if least < 10: return Estimate(float(e.value[0]), -np.inf, np.inf, least, "gap", "cannot be bounded", level)
@@ -170,7 +170,7 @@ def system_metrics(preds: Predictions,  # its answers to the test rows
                    sets: ConformalClassifier | PredictionSets | None,  # fitted, or of these rows; None: no sets
                    policy: DecisionPolicy | None,  # fitted; None: no policy
                   ) -> list[Metric]:  # those of `standard_metrics`
-    "Collect the metrics of one system."
+    "Collect the metrics of one system; raise DataError for prediction sets of other rows."
     found = sets.predict(preds) if isinstance(sets, ConformalClassifier) else sets
     if found is not None and not np.array_equal(found.ids, preds.ids): raise DataError("prediction sets of other rows", where="sets", fix="predict the same rows")
     return standard_metrics(preds, found, None if policy is None else policy.decide(preds))
@@ -178,7 +178,7 @@ def system_metrics(preds: Predictions,  # its answers to the test rows
 def places(first: Predictions,  # of any system, as all have the same rows
            groups: By,  # columns; a tuple is crossed; empty: all rows alone
           ) -> dict[str, np.ndarray]:  # "(all)", then "column = group" -> positions
-    "Find the rows of each group."
+    "Find the rows of each group; raise DataError where there are no group columns."
     if groups and first.groups is None: raise DataError("the predictions have no group columns", fix="give groups= to Predictions")
     found: list[Grouping] = groupings(first.groups, groups) if groups else []
     return {"(all)": np.arange(len(first)), **{f"{g.column} = {name}": np.flatnonzero(g.codes == i) for g in found for i, name in enumerate(g.groups)}}
@@ -192,7 +192,7 @@ def compare(systems: Mapping[str, Predictions],  # name -> predictions of the sa
             metrics: Sequence[str] | None = None,  # by name; None: all that every system has
             level: float = 0.95,  # confidence of the intervals shown
            ) -> Comparison:
-    "Put every number of several systems side by side, with paired intervals."
+    "Put every number of several systems side by side, with paired intervals; raise ConfigurationError or DataError where they do not fit."
     first, base = require_same_rows(systems), baseline or next(iter(systems))
     for what in ({base: 0}, sets or {}, policies or {}):
         if unknown := [k for k in what if k not in systems]: raise ConfigurationError(f"no system {unknown[0]!r}", fix=f"use {', '.join(systems)}")

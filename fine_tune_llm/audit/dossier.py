@@ -46,7 +46,7 @@ def require_words(text: str,  # what a person wrote
                   what: str,  # "a reason", for the message
                   least: int = 3,  # words
                  ) -> str:  # the same text
-    "Refuse an empty form."
+    "Refuse an empty form with ConfigurationError."
     if len([w for w in str(text).split() if any(c.isalpha() for c in w)]) < least:
         raise ConfigurationError(f"{what} needs at least {least} word{'s' * (least > 1)}, got {str(text)[:40]!r}", fix="say it in a sentence" if least > 1 else "give a name")
     return str(text)
@@ -104,7 +104,7 @@ def report_problems(folder: Path,  # of the dossier
 # %% ../../nbs/audit/274_dossier.ipynb #unanswered
 def opened(events: Sequence[Mapping[str, Any]],  # of the trail, the oldest first
           ) -> Mapping[str, Any]:  # with purpose, owner and requirements
-    "Find the event that opened the dossier."
+    "Find the event that opened the dossier; raise AuditError where there is none."
     first = next((e for e in events if e["event"] == "audit_opened"), None)
     if first is None: raise AuditError("no dossier was opened here", fix="use Dossier.create")
     return first
@@ -125,7 +125,7 @@ def signatures(events: Sequence[Mapping[str, Any]],  # of the trail, the oldest 
 def role_of(by: str,  # name of who wants to sign
             events: Sequence[Mapping[str, Any]],  # of the trail, the oldest first
            ) -> str:  # "owner" or "reviewer"
-    "Decide as what a person may sign, or say why not."
+    "Decide as what a person may sign, or raise AuditError that says why not."
     require_words(by, "a signature", 1)
     if left := open_challenges(events):
         raise AuditError(f"a challenge of {left[0]['by']} has no answer", where=left[0]["text"][:60], fix="use answer")
@@ -254,7 +254,7 @@ def open_dossier(path: Path,  # a run folder, or any folder that is no bundle; m
                  owner: str,  # name of who answers for it
                  requirements: Sequence[Requirement],  # with their weights, from `weighed`
                 ) -> Run:  # the folder with its chain of events
-    "Write the first event of a dossier."
+    "Write the first event of a dossier; raise AuditError in a bundle, or where one was opened before."
     require_words(purpose, "a purpose"), require_words(owner, "an owner", 1)
     if (path / "manifest.json").is_file() and (path / "bundle.json").is_file():
         raise AuditError("a bundle is sealed", where=str(path), fix="open the dossier in the folder above it")
@@ -269,7 +269,7 @@ def open_dossier(path: Path,  # a run folder, or any folder that is no bundle; m
 def require_requirement(d: Dossier,  # whose list is meant
                         name: str,  # of a requirement
                        ) -> str:  # the same name
-    "Refuse a requirement that is not on the list."
+    "Refuse a requirement that is not on the list with ConfigurationError."
     names = [r["name"] for r in opened(d.events)["requirements"]]
     if name not in names: raise ConfigurationError(f"no requirement {name!r}", where="requirement", fix=f"use {', '.join(names)}")
     return name
@@ -283,7 +283,7 @@ def add_evidence(d: Dossier,  # where to write
                  numbers: Mapping[str, Any],  # name -> number, or value, low, high and n
                  recorded: str = "",  # hash of the event of the audit that shows it
                 ) -> None:
-    "Write evidence into the trail."
+    "Write evidence into the trail; raise ConfigurationError for an unknown word, AuditError for a pass without a file."
     if verdict not in VERDICTS: raise ConfigurationError(f"no verdict {verdict!r}", where="verdict", fix=f"use one of {', '.join(VERDICTS)}")
     if verdict == "pass" and not files: raise AuditError("a pass rests on no file", where=requirement, fix="cite the file that shows it")
     d.run.log("audit_evidence", requirement=require_requirement(d, requirement), verdict=verdict, finding=require_words(finding, "a finding"),
@@ -296,7 +296,7 @@ def add_waiver(d: Dossier,  # where to write
                expires: date | str,  # last day on which it holds, 2026-12-31
                by: str,  # who takes it on
               ) -> None:
-    "Let a requirement wait, with a reason and a last day."
+    "Let a requirement wait, with a reason and a last day; raise ConfigurationError where either is none."
     try: last = expires if isinstance(expires, date) else date.fromisoformat(expires)
     except ValueError: raise ConfigurationError(f"{expires!r} is no day", where="expires", fix="write 2026-12-31") from None
     d.run.log("audit_waiver", requirement=require_requirement(d, requirement), reason=require_words(reason, "a reason"),
@@ -306,7 +306,7 @@ def answer_challenge(d: Dossier,  # where to write
                      text: str,  # the answer, three words or more
                      by: str,  # who answers; not the challenger
                     ) -> None:
-    "Answer the oldest challenge that is open."
+    "Answer the oldest open challenge; raise AuditError where there is none, or for the challenger's own answer."
     left = open_challenges(d.events)
     if not left: raise AuditError("no challenge is open", fix="answer after challenge")
     if same_person(left[0]["by"], by): raise AuditError(f"{by} cannot answer the own challenge", where=left[0]["text"][:60], fix="let somebody else answer")
@@ -321,7 +321,7 @@ def record_audit(d: Dossier,  # where to store
                  by: str,  # who runs it
                  arguments: Mapping[str, Any],  # others of `audit`, by name
                 ) -> AuditReport:
-    "Audit, store what the audit rests on, and state what it shows."
+    "Audit, store what the audit rests on, and state what it shows; raise ConfigurationError for sets that cannot be predicted again."
     if sets is not None and not hasattr(sets, "save"):
         raise ConfigurationError("prediction sets cannot be recomputed", where="sets", fix="pass the fitted ConformalClassifier")
     require_words(by, "evidence", 1)
@@ -345,7 +345,7 @@ def sign_dossier(d: Dossier,  # what is signed
                  by: str,  # the owner, or a reviewer who has challenged
                  today: date,  # for which waivers are judged
                 ) -> str:  # the head: hash of the signature; keep it elsewhere
-    "Sign, if nothing is altered and no requirement is open."
+    "Sign; raise AuditError where something is altered, a requirement is open, or the person may not."
     found = d.verify(today)
     if found.altered: raise AuditError(f"{len(found.altered)} things are altered", where=found.altered[0], fix="restore them, or audit again")
     if left := [s for s in d.standings(today) if not s.settled]:

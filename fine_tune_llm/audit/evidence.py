@@ -41,7 +41,7 @@ REQUIREMENTS = (
 def weighed(harm: Mapping[str, float],  # requirement -> weight, more than 0
             requirements: Sequence[Requirement] = REQUIREMENTS,  # the list to weigh
            ) -> tuple[Requirement, ...]:  # the same questions in the same order, with their weights
-    "Set harm weights."
+    "Set harm weights; raise ConfigurationError for an unknown requirement or a weight that is not positive."
     if unknown := sorted(set(harm) - {r.name for r in requirements}):
         raise ConfigurationError(f"no requirement {unknown[0]!r}", where="harm", fix=f"use {', '.join(r.name for r in requirements)}")
     if low := [name for name, w in harm.items() if not 0 < w < float("inf")]:
@@ -52,7 +52,7 @@ def weighed(harm: Mapping[str, float],  # requirement -> weight, more than 0
 def file_hash(folder: Path,  # of the audit
               name: str,  # relative path of a file in it
              ) -> str:  # 64 hexadecimal digits
-    "Hash an artefact."
+    "Hash an artefact by SHA-256; raise AuditError where it is missing."
     path = inside(folder, name)
     if not path.is_file(): raise AuditError(f"no file {name!r}", where=str(folder), fix="save the artefact before you cite it")
     found = sha256()

@@ -32,7 +32,7 @@ def ledger(preds: Predictions,  # their own ledger of earlier stages is taken ov
 def require_test_rows(preds: Predictions,  # rows to audit
                       used: Mapping[str, frozenset[str]],  # stage -> ids of the rows that it used
                      ) -> np.ndarray:  # true labels, shape [n]
-    "Refuse rows that were used before, that carry no truth, or that are none."
+    "Refuse rows that were used before (OverlapError), no test rows or without truth (DataError), or none (TooFewRowsError)."
     if preds.split in ("train", "validation", "calibration"):
         raise DataError(f"split {preds.split!r} is no test set", fix="audit the test split")
     if not len(preds): raise TooFewRowsError(0, 1, "an audit")

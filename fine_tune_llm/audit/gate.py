@@ -84,7 +84,7 @@ def verify_path(path: str | Path,  # a folder with a dossier, or a report.json
                 today: date | None = None,  # for which waivers are judged
                 again: AuditReport | None = None,  # the same audit, computed once more from the predictions
                ) -> Checked:
-    "Verify a dossier, or a report that stands alone."
+    "Verify a dossier, or a report that stands alone; raise AuditError where there is neither."
     path = Path(path)
     if path.is_dir():
         found = Dossier.attach(path).verify(today, head)

@@ -35,7 +35,7 @@ def ratio(sums: np.ndarray,  # a sum and what it is divided by, shape [2]
 # %% ../../nbs/audit/284_generated.ipynb #perplexity-rows
 def perplexity_rows(log_probs: Sequence[Any],  # per row, log probability of each token, in nats
                    ) -> RowSums:
-    "Count the negative log likelihood and the tokens of each row."
+    "Count the negative log likelihood and the tokens of each row; raise DataError for numbers that are no log probabilities."
     found = [np.asarray(row, dtype=np.float64).ravel() for row in log_probs]
     for i, row in enumerate(found):
         if not (np.isfinite(row).all() and (row <= 1e-6).all()): raise DataError("log probabilities must be finite and at most 0", where=f"row {i}", fix="give natural logarithms of probabilities")
@@ -53,7 +53,7 @@ def bits_per_byte_rows(log_probs: Sequence[Any],  # per row, log probability of 
 # %% ../../nbs/audit/284_generated.ipynb #words
 def references_of(references: Sequence[str | Sequence[str]],  # true text of each row, or several of them
                  ) -> list[list[str]]:  # for each row, its texts
-    "Bring references to lists, one per row."
+    "Bring references to lists, one per row; raise DataError for a row without one."
     found = [[r] if isinstance(r, str) else list(r) for r in references]
     if empty := [i for i, r in enumerate(found) if not r or not all(isinstance(x, str) for x in r)]: raise DataError("a row without a reference text", where=f"row {empty[0]}")
     return found
@@ -61,7 +61,7 @@ def references_of(references: Sequence[str | Sequence[str]],  # true text of eac
 # %% ../../nbs/audit/284_generated.ipynb #need
 def need(package: str,  # dotted name of a module
         ) -> Any:  # the module
-    "Import an optional library, or say how to get it."
+    "Import an optional library, or raise ConfigurationError that says how to get it."
     from importlib import import_module
     try: return import_module(package)
     except ImportError: raise ConfigurationError(f"{package.split('.')[0]} is not installed", fix="pip install 'fine_tune_llm[generation]'") from None
@@ -95,7 +95,7 @@ def drawn_values(metrics: Sequence[RowSums],  # of the same rows
                  draws: int,  # resamples
                  seed: int,  # of the resamples
                 ) -> np.ndarray:  # shape [draws, metrics]
-    "Compute metrics on draws of the rows, the same draws for all."
+    "Compute metrics on draws of the rows with replacement, the same draws for all (Koehn, 2004)."
     n, rng, out = len(metrics[0].rows), np.random.default_rng(seed), []
     for start in range(0, draws, 200):  # a few hundred at a time, for memory
         weights = rng.multinomial(n, np.full(n, 1 / n), size=min(200, draws - start)).astype(np.float64)
@@ -136,7 +136,7 @@ def require_rows(parts: Mapping[str, Sequence[Any]],  # system -> what it gave f
                  n: int | None,  # rows that there must be; None: as many as the others
                  what: str,  # what is counted, for the message
                 ) -> int:  # rows
-    "Refuse systems with other numbers of rows."
+    "Refuse systems with other numbers of rows, or with none, with DataError."
     sizes = {name: len(rows) for name, rows in parts.items()}
     if len({*sizes.values(), *([] if n is None else [n])}) != 1: raise DataError(f"{what} of {sizes}" + ("" if n is None else f" for {n} rows"), fix="answer the same rows with all")
     if not next(iter(sizes.values())): raise DataError("there are no rows to compare", fix="give at least one")
@@ -145,7 +145,7 @@ def require_rows(parts: Mapping[str, Sequence[Any]],  # system -> what it gave f
 # %% ../../nbs/audit/284_generated.ipynb #require-same-tokens
 def require_same_tokens(found: Mapping[str, Sequence[RowSums]],  # system -> its metrics; others than perplexity pass
                        ) -> None:
-    "Refuse perplexities over other tokens."
+    "Refuse perplexities over other tokens with DataError."
     counts = [m.rows[:, 1] for of in found.values() for m in of if m.name == "perplexity"]
     if counts and any(not np.array_equal(counts[0], c) for c in counts):
         raise DataError("the systems cut the rows into other tokens, so perplexity does not compare them", fix="metrics=['bits per byte', ...]")
@@ -168,7 +168,7 @@ def compare_generated(answers: Mapping[str, Sequence[str]] | None = None,  # sys
                       n_boot: int = 2000,  # resamples, at least
                       seed: int = 0,  # of the resamples
                      ) -> Comparison:
-    "Put systems that write text side by side, with paired intervals."
+    "Put systems that write text side by side, with paired intervals; raise ConfigurationError or DataError where they do not fit."
     given = [p for p in (answers, log_probs) if p]
     if not given: raise ConfigurationError("nothing to compare", where="answers, log_probs", fix="give either, by system")
     if answers and references is None: raise ConfigurationError("answers without references", fix="give references=")

@@ -39,7 +39,7 @@ def newcombe(k1: int,  # hits in the group
              n2: int,  # denominator of the rest, at least 1
              level: float = 0.95,  # confidence of the interval
             ) -> Estimate:  # the gap `k1/n1 - k2/n2`; its `n` is the group's denominator
-    "Bound the difference of two independent proportions."
+    "Bound the difference of two independent proportions (Newcombe, 1998, method 10)."
     e = gap_of(wilson([k1], [n1], level), wilson([k2], [n2], level))
     return Estimate(float(e.value[0]), float(e.low[0]), float(e.high[0]), n1, "gap", NEWCOMBE, level)
 
@@ -48,7 +48,7 @@ def verdict(gap: Estimate | None,  # None: it cannot be estimated
             tolerance: float,  # largest gap that still counts as equal, a share between 0 and 1
             sure: Estimate | None = None,  # the same gap, at the level at which all comparisons hold; None: as `gap`
            ) -> str:  # "pass", "fail" or "not enough evidence"
-    "Read an interval against a tolerance."
+    "Read an interval against a tolerance; raise ConfigurationError where that does not lie between 0 and 1."
     if not 0 < tolerance < 1:
         raise ConfigurationError(f"tolerance must lie between 0 and 1, got {tolerance}", fix="0.05 stands for 5 points")
     return judged(gap, tolerance, sure)
@@ -120,7 +120,7 @@ def tolerance_of(m: Metric,  # whose name is looked up, and whose kind says what
                  tolerance: float,  # for metrics that `tolerances` does not name
                  tolerances: float | Mapping[str, float] | None,  # one for all, or by name of the metric
                 ) -> float:  # between 0 and 1; of a mean any positive number in its unit
-    "Find what a metric is held to."
+    "Find what a metric is held to; raise ConfigurationError for a tolerance that is none."
     found = tolerances.get(m.name, tolerance) if isinstance(tolerances, Mapping) else tolerances or tolerance
     if not 0 < found < (np.inf if m.kind == "mean" else 1):
         raise ConfigurationError(f"tolerance must lie between 0 and 1, got {found}", where=m.name, fix="0.05 stands for 5 points")
@@ -134,7 +134,7 @@ def all_rows(found: Sequence[Compared],  # one per metric and grouping, from `co
              least: int = 10,  # rows without which nothing is judged
              exactly: bool = False,  # rates by Clopper and Pearson
             ) -> list[GroupRow]:  # in the order of `found`, one per group
-    "Judge all comparisons of an audit together."
+    "Judge all comparisons of an audit together; raise ConfigurationError for a tolerance of an unknown metric."
     unknown = [n for n in (tolerances if isinstance(tolerances, Mapping) else ()) if n not in {c.metric.name for c in found}]
     if unknown:
         raise ConfigurationError(f"no metric {unknown[0]!r}", where="tolerances",
@@ -241,7 +241,7 @@ def standard_of(preds: Predictions,  # n rows with their true labels
                 policy: DecisionPolicy | Decisions | None,  # fitted, or decided for these rows in this order
                 positive: str | int | None,  # label that counts as an alarm
                ) -> list[Metric]:  # those of `standard_metrics`
-    "Apply what was fitted, check that it is about the same rows, and collect the metrics."
+    "Apply what was fitted and collect the metrics; raise DataError where it is about other rows."
     sets = sets.predict(preds) if isinstance(sets, ConformalClassifier) else sets
     decisions = policy.decide(preds) if isinstance(policy, DecisionPolicy) else policy
     for name, part in (("sets", sets), ("policy", decisions)):
@@ -275,7 +275,7 @@ def group_metrics(preds: Predictions,  # rows with their true labels and group c
                   least: int = 10,  # rows without which nothing is judged
                   most: int = 50,  # refuse a grouping of more groups
                  ) -> GroupMetrics:
-    "Measure everything for every group, with intervals and verdicts."
+    "Measure everything for every group, with intervals and verdicts; raise DataError without group columns."
     if preds.groups is None: raise DataError("the predictions have no group columns", fix="give groups= to Predictions")
     resolved, clusters = groupings(preds.groups, by, depth, most), None
     if cluster is not None:

@@ -26,7 +26,7 @@ def wilson(k: ArrayLike,  # hits, shape [G]; need not be whole
            n: ArrayLike,  # rows that could have been hits, shape [G]
            level: float = 0.95,  # confidence of each interval
           ) -> Ends:
-    "Estimate rates with Wilson's intervals."
+    "Estimate rates with the score intervals of Wilson (1927)."
     k, n, z = np.asarray(k, dtype=float), np.asarray(n, dtype=float), norm.isf((1 - level) / 2)
     p, m = np.divide(k, n, out=np.full(k.shape, np.nan), where=n > 0), np.maximum(n, 1e-9)
     middle, half = p + z * z / (2 * m), z * np.sqrt(p * (1 - p) / m + z * z / (4 * m * m))
@@ -38,7 +38,7 @@ def exact(k: ArrayLike,  # hits, whole numbers, shape [G]
           n: ArrayLike,  # rows that could have been hits, shape [G]
           level: float = 0.95,  # confidence of each interval, at least
          ) -> Ends:
-    "Estimate rates with Clopper and Pearson's intervals."
+    "Estimate rates with the exact intervals of Clopper and Pearson (1934)."
     k, n, tail = np.asarray(k, dtype=float), np.asarray(n, dtype=float), (1 - level) / 2
     p = np.divide(k, n, out=np.full(k.shape, np.nan), where=n > 0)
     low = np.where(k > 0, beta.ppf(tail, np.maximum(k, 1e-9), n - k + 1), 0)
@@ -66,7 +66,7 @@ def gap_of(a: Ends,  # groups
            b: Ends,  # what each is compared with
            rho: ArrayLike = 0.0,  # correlation of the two estimates, shape [G]
           ) -> Ends:  # a minus b
-    "Bound differences of estimates from the intervals of both."
+    "Bound differences of estimates from the intervals of both (Zou and Donner, 2008)."
     def arm(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.sqrt(np.maximum(x * x + y * y - 2 * np.asarray(rho) * x * y, 0))
     with np.errstate(invalid="ignore"):

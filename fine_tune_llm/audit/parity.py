@@ -103,7 +103,7 @@ def implied_fpr(base: float,  # share of the truly positive in a group
                 ppv: float,  # share of alarms that are right
                 tpr: float,  # share of the truly positive that raise the alarm
                ) -> float:  # above 1 where base rate, PPV and TPR exclude each other
-    "Derive the false-positive rate from base rate, PPV and TPR."
+    "Derive the false-positive rate from base rate, PPV and TPR (Chouldechova, 2017)."
     return base / (1 - base) * (1 - ppv) / ppv * tpr
 
 def impossibility(base: Tally,  # base rate by group
@@ -173,7 +173,7 @@ def parity(preds: Predictions,  # rows with their true labels and group columns
            level: float = 0.95,  # confidence of the intervals
            least: int = 10,  # rows without which nothing is proved
           ) -> Parity:
-    "Hold a system to six notions of equal treatment."
+    "Hold a system to six notions of equal treatment; raise DataError without group columns."
     if preds.groups is None: raise DataError("the predictions have no group columns", fix="give groups= to Predictions")
     metrics = {m.name: m for m in standard_of(preds, sets, None, positive)}
     asked = {c: names for c, names in CRITERIA.items() if set(names) <= set(metrics)}

@@ -162,7 +162,7 @@ class AuditReport:
         return {"kind": "audit", "version": 1, "verdict": self.verdict, "title": self.title, **plain(asdict(self))}
     def save(self, path: str | Path,  # ends in .html or .json
             ) -> None:
-        "Write report.html, for people, or report.json, for programs."
+        "Write report.html, for people, or report.json, for programs; raise ConfigurationError for any other suffix."
         write_report(self, Path(path))
     def verify(self, path: str | Path | None = None,  # a report.json; None: look at the report alone
               ) -> tuple[str, ...]:  # what is wrong, in words; empty if nothing is
@@ -170,7 +170,7 @@ class AuditReport:
         return tuple(contradictions(self) + ([] if path is None else differences(load_json(path), self.to_dict())))
     def panel(self, **beside: Any,  # preds=, slices=, dossier=: what to show with it
              ) -> Any:  # a widget
-        "Open the report with controls; raises AuditError where no panel is installed."
+        "Open the report with controls; raise AuditError where no panel is installed."
         return open_audit_panel(self, **beside)
     def __str__(self) -> str: return text_report(self)
     def _repr_html_(self) -> str: return styled(html_report(self))
@@ -191,7 +191,7 @@ def report_frame(r: AuditReport,  # from `audit`
 def open_audit_panel(report: AuditReport,  # what the panel shows; it computes nothing anew
                      **beside: Any,  # preds=, the audited rows; slices=, of `find_slices`; dossier=
                     ) -> Any:  # a widget
-    "Open a report with controls in a notebook."
+    "Open a report with controls in a notebook; raise AuditError where no panel is installed."
     found = list(entry_points(group="fine_tune_llm.panels", name="audit"))
     if not found:
         raise AuditError("no panel is registered for audits", where="entry points fine_tune_llm.panels",
@@ -278,7 +278,7 @@ def html_report(r: AuditReport,  # from `audit`
 def write_report(r: AuditReport,  # from `audit`
                  path: Path,  # ends in .html or .json
                 ) -> None:
-    "Write a report as one file, complete or not at all."
+    "Write a report as one file, complete or not at all; raise ConfigurationError for any other suffix."
     if path.suffix not in (".html", ".json"):
         raise ConfigurationError(f"cannot write a report as {path.suffix or 'a file without a suffix'}",
                                  where=str(path), fix="use .html or .json")
@@ -293,7 +293,7 @@ def same_rows(preds: Predictions,  # the audited rows
               other: Predictions | PredictionSets,  # what must have the same ids in the same order
               name: str,  # of the argument, for the message
              ) -> None:
-    "Check that two results are about the same rows."
+    "Refuse results that are about other rows with DataError."
     if not np.array_equal(preds.ids, other.ids):
         raise DataError(f"{name}= holds other rows than the predictions, or the same in another order",
                         fix="make both from one test set")
@@ -326,7 +326,7 @@ def predicted(preds: Predictions,  # the audited rows
 def named_groups(preds: Predictions,  # the audited rows, with their group columns
                  groups: By,  # columns; a tuple is crossed; as keys: with groups
                 ) -> list[Grouping]:  # one per column or crossing; none where none was named
-    "Find the group of each row, column by column."
+    "Find the group of each row, column by column; raise DataError without group columns."
     if not groups: return []
     if preds.groups is None:
         first = groups if isinstance(groups, str) else next(iter(groups))
@@ -340,7 +340,7 @@ def compared_groups(preds: Predictions,  # test rows with their true labels
                     resolved: Sequence[Grouping],  # group of each row, column by column
                     metrics: Sequence[str | Metric],  # more to compare, by name or as they are
                    ) -> list[Compared]:  # metric by metric, column by column
-    "Add up what a decision system does in each group."
+    "Add up what a decision system does in each group; raise DataError for more than 500 comparisons."
     y = preds.require_y("the audit")
     own = decision_metrics(y, preds.answers, None if found is None else found.matrix, action)
     more = [m for m in metrics if not isinstance(m, str) or m not in {o.name for o in own}]
@@ -380,7 +380,7 @@ def audit(preds: Predictions,  # test rows with their true labels, calibrated
           metrics: Sequence[str | Metric] = (),  # more to compare between groups, by name or as they are
           tolerances: float | Mapping[str, float] | None = None,  # tolerances that differ, by name of the metric
          ) -> AuditReport:
-    "Hold a system against its promises on rows that nothing else has used."
+    "Hold a system against its promises on rows that nothing else has used; raise OverlapError, DataError or TooFewRowsError otherwise."
     tolerance, tolerances = (tolerances, None) if isinstance(tolerances, float | int) else (tolerance, tolerances)
     used = ledger(preds, {"conformal calibration": sets, "decision policy": policy})
     y, resolved, found = require_test_rows(preds, used), named_groups(preds, groups), predicted(preds, sets)

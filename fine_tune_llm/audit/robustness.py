@@ -61,13 +61,13 @@ CHANGES: dict[str, Change] = {"upper case": upper, "lower case": lower, "typing 
 # %% ../../nbs/audit/266_robustness.ipynb #terms
 def template(form: str,  # a sentence with {} where the text goes
             ) -> Change:
-    "Make a change that puts the text into a sentence."
+    "Make a change that puts the text into a sentence; raise ConfigurationError unless the form has one {}."
     if form.count("{}") != 1: raise ConfigurationError(f"a template needs one {{}}, got {form!r}", fix="write 'Please answer: {}'")
     return lambda text, rng: form.replace("{}", text)
 
 def swapped(pairs: Mapping[str, str],  # word -> word, exchanged in both directions
            ) -> Change:
-    "Make a change that exchanges words."
+    "Make a change that exchanges words; raise ConfigurationError for a word in two pairs."
     low = [(a.casefold(), b.casefold()) for a, b in pairs.items()]
     names = [w for pair in low for w in pair]
     if twice := sorted({w for w in names if names.count(w) > 1} | {a for a, b in low if a == b} | {w for w in names if not w.strip()}):
@@ -94,7 +94,7 @@ def asked_again(predict: Callable[[list[str]], Predictions],  # texts -> predict
                 texts: list[str],  # m changed texts
                 labels: Labels,  # those that the answers must have
                ) -> np.ndarray:  # answers, shape [m]
-    "Predict changed texts."
+    "Predict changed texts; raise DataError where the answers do not fit them."
     if not texts: return np.zeros(0, dtype=np.int64)
     found = predict(texts)
     if len(found) != len(texts): raise DataError(f"{len(found)} predictions for {len(texts)} texts", where="predict", fix="answer each text, in order")
@@ -155,7 +155,7 @@ def robustness(predict: Callable[[list[str]], Predictions],  # texts -> predicti
                tolerance: float = 0.05,  # loss of accuracy that still counts as robust
                seed: int = 0,  # of the typing errors
               ) -> RobustnessReport:
-    "Change what should not matter, ask again, and compare pair by pair."
+    "Change what should not matter, ask again, and compare pair by pair; raise DataError or ConfigurationError for what does not fit."
     texts, y = list(texts), np.asarray(y)
     if len(texts) != len(y): raise DataError(f"{len(texts)} texts for {len(y)} true classes", fix="give one of each per row")
     if not 0 < tolerance < 1: raise ConfigurationError(f"tolerance must lie between 0 and 1, got {tolerance}", fix="0.05 stands for 5 points")
@@ -177,7 +177,7 @@ def invariance(predict: Callable[[list[str]], Predictions],  # texts -> predicti
                group: pd.Series | None = None,  # group of each text, n values; None: all are one
                tolerance: float = 0.05,  # share of flips that still counts as invariant
               ) -> pd.DataFrame:  # group, flips, low, high, n, verdict
-    "Count by group the answers that a change flips."
+    "Count by group the answers that a change flips; raise DataError where the groups do not fit the texts."
     texts = list(texts)
     masks = {"(all)": np.ones(len(texts), dtype=bool), **({} if group is None else group_masks(group))}
     if any(len(m) != len(texts) for m in masks.values()): raise DataError(f"{len(texts)} texts for {len(group if group is not None else ())} groups", fix="give one per text")

@@ -33,7 +33,7 @@ def share_shift(old: ArrayLike,  # rows of each class, shape [K]
                 new: ArrayLike,  # rows of each class, shape [K]
                 level: float = 0.95,  # confidence of the interval, at least
                ) -> Estimate:  # total variation, 0 to 1
-    "Measure how far shares have moved."
+    "Measure how far shares have moved (bound: Weissman and others, 2003); raise TooFewRowsError for an empty sample."
     a, b = np.asarray(old, dtype=float), np.asarray(new, dtype=float)
     n, m, k = a.sum(), b.sum(), max(len(a), 2)
     if min(n, m) < 1: raise TooFewRowsError(0, 1, "a comparison of shares")
@@ -68,7 +68,7 @@ def value_shift(old: ArrayLike,  # numbers, shape [n]
                 new: ArrayLike,  # numbers, shape [m]
                 level: float = 0.95,  # confidence of the interval, at least
                ) -> tuple[Estimate, float]:  # Kolmogorov-Smirnov distance, 0 to 1; p-value
-    "Measure how far numbers have moved."
+    "Measure how far numbers have moved (bound: Massart, 1990); raise TooFewRowsError for an empty sample, DataError for no number."
     a, b = np.asarray(old, dtype=float), np.asarray(new, dtype=float)
     if min(len(a), len(b)) < 1: raise TooFewRowsError(0, 1, "a comparison of numbers")
     if not (np.isfinite(a).all() and np.isfinite(b).all()): raise DataError("numbers that are not finite cannot be compared")
@@ -144,7 +144,7 @@ def shift(old: Predictions,  # the sample on which promises were made
           tolerance: float = 0.1,  # effect that still counts as the same, 0 to 1
           seed: int = 0,  # of the permutations
          ) -> ShiftReport:
-    "Compare two samples, effect size first."
+    "Compare two samples, effect size first; raise DataError for other labels, ConfigurationError for a tolerance that is none."
     if tuple(old.labels) != tuple(new.labels): raise DataError("the samples have different labels", fix="use the same model for both")
     if not 0 < tolerance < 1: raise ConfigurationError(f"tolerance must lie between 0 and 1, got {tolerance}", fix="0.1 stands for 10 points")
     found = [(what, share_shift(a, b), share_p_value(a, b, seed=seed)) for what, (a, b) in moved_shares(old, new).items()]
@@ -178,7 +178,7 @@ def classifier_test(old: Sequence[str] | np.ndarray,  # n texts, or a matrix [n,
                     seed: int = 0,  # of the halves
                     level: float = 0.95,  # confidence of the interval
                    ) -> tuple[Estimate, float]:  # AUC on held-out rows; p-value
-    "Test whether a classifier can tell two samples apart."
+    "Test whether a classifier can tell two samples apart (Lopez-Paz and Oquab, 2017); raise TooFewRowsError under 20 rows."
     if min(len(old), len(new)) < 20: raise TooFewRowsError(min(len(old), len(new)), 20, "a classifier two-sample test")
     matrix = isinstance(old, np.ndarray) and old.ndim == 2
     rows = np.concatenate([old, new]) if matrix else np.array([*old, *new], dtype=object)
@@ -200,7 +200,7 @@ def coverage_monitor(sets: PredictionSets,  # of the n rows, in any order
                      batch: ArrayLike,  # batch of each row in the order of time: sortable, shape [n]
                      tolerance: float = 0.05,  # shortfall that still counts as kept
                     ) -> pd.DataFrame:  # batch, coverage, low, high, n, law_low, law_high, verdict
-    "Watch coverage batch by batch, with at most 5 % false alarms ever."
+    "Watch coverage batch by batch, with at most 5 % false alarms ever; raise DataError where lengths differ."
     when = np.asarray(batch)
     if not len(sets) == len(y) == len(when): raise DataError(f"{len(sets)} sets, {len(y)} true classes and {len(when)} batches", fix="give one of each per row")
     hit, out = sets.matrix[np.arange(len(y)), y], []

@@ -90,7 +90,7 @@ def cluster_slices(embeddings: ArrayLike,  # a vector per row, shape [n, d]
                    k: int = 10,  # clusters
                    seed: int = 0,  # of the first centres
                   ) -> dict[str, np.ndarray]:  # name of the slice -> its rows, bool, shape [n]
-    "Slice rows by clusters of their embeddings."
+    "Slice rows by clusters of their embeddings; raise DataError where there is not one per row."
     from sklearn.cluster import KMeans
     x = np.asarray(embeddings, dtype=np.float32)
     if len(x) != len(search): raise DataError(f"{len(x)} embeddings for {len(search)} rows", fix="give one per row")
@@ -150,7 +150,7 @@ def p_value(loss: np.ndarray,  # of the other half, bool (errors) or float, shap
 def adjusted(p: ArrayLike,  # p-values in the order of the search, shape [m]
              control: str = "holm",  # "holm": any false alarm; "bh": their expected share
             ) -> np.ndarray:  # p-values that may be held against 0.05 as they are, shape [m]
-    "Correct p-values for their number."
+    "Correct p-values for their number (Holm or Benjamini-Hochberg); raise ConfigurationError for another control."
     p = np.asarray(p, dtype=float)
     if control not in ("holm", "bh"): raise ConfigurationError(f"no control {control!r}", where="control", fix="use holm or bh")
     m, out = len(p), np.ones(len(p))
@@ -236,7 +236,7 @@ def candidates_of(preds: Predictions,  # n rows; their texts and group columns a
                   words: int = 200,  # words to slice by
                   least: int = 20,  # rows that a slice must have
                  ) -> dict[str, np.ndarray]:  # name of the slice -> its rows, bool, shape [n]
-    "Collect every slice that texts, columns, embeddings and answers allow."
+    "Collect every slice that texts, columns, embeddings and answers allow; raise DataError where there is nothing to slice by."
     out = {} if preds.groups is None else column_slices(preds.groups, search)
     if preds.texts is not None: out |= {**text_slices(preds.texts, search), **word_slices(preds.texts, search, words, least)}
     if embeddings is not None: out |= cluster_slices(embeddings, search)
@@ -255,7 +255,7 @@ def find_slices(preds: Predictions,  # rows with their true labels
                 least: int = 20,  # rows that a slice must have in each half
                 seed: int = 0,  # of the halves
                ) -> SliceReport:
-    "Search one half of the rows for the worst slices, and confirm them on the other."
+    "Search one half of the rows for the worst slices, and confirm them on the other; raise DataError or TooFewRowsError for unfit rows."
     n, own = len(preds), dict(slices or {})
     value = preds.answers != preds.require_y("slices") if loss is None else np.asarray(loss)
     if value.shape != (n,): raise DataError(f"a loss of shape {value.shape} for {n} rows", fix="give one number per row")

@@ -78,7 +78,7 @@ def clustered(m: Metric,  # event or amount of n rows
               k: int,  # groups
               clusters: np.ndarray,  # number of each row's cluster, shape [n]
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # independent rows of each group, of its rest; correlation [G]
-    "Count how many independent rows the clustered ones are worth."
+    "Count how many independent rows the clustered ones are worth (design effect: Kish, 1965)."
     value = (m.hit.astype(np.float64) - m.said if m.said is not None else m.hit.astype(np.float64))[m.among]
     codes, clusters, c = codes[m.among], clusters[m.among], int(clusters.max()) + 1
     every = [np.bincount(clusters, w, c) for w in (value, None, value * value)]
@@ -121,7 +121,7 @@ def compared(m: Metric,  # event or amount of n rows
              g: Grouping,  # group of each of the same n rows
              clusters: np.ndarray | None = None,  # number of each row's cluster, shape [n]
             ) -> Compared:
-    "Add up a metric inside and outside of each group."
+    "Add up a metric inside and outside of each group; raise DataError where lengths differ."
     if len(m.among) != len(g.codes):
         raise DataError(f"{len(m.among)} rows for {len(g.codes)} rows of {g.column!r}", where=m.name, fix="give one value per row")
     own = tally(m, g.codes, len(g.groups))
