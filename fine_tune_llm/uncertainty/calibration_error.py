@@ -31,7 +31,7 @@ def error_size(rows: np.ndarray,  # rows of each bin, shape [..., bins]
                norm: str = "l1",  # "l1", "l2" or "max"
                debiased: bool = False,  # subtract what noise adds; not for "max"
               ) -> np.ndarray:  # between 0 and 1, shape [...]
-    "Add up the gaps of the bins."
+    "Add up the gaps of the bins (Guo et al., 2017, eq. 3; debiased l2: Kumar et al., 2019)."
     there = np.maximum(rows, 1)
     gaps, share = np.abs(gap) / there, rows / np.maximum(rows.sum(axis=-1, keepdims=True), 1)
     if norm == "max": return gaps.max(axis=-1)
@@ -134,7 +134,7 @@ def calibration_error(x: Predictions | CalibrationState,  # rows with their true
                       seed: int,  # of the draws
                       level: float,  # confidence of the interval, between 0 and 1
                      ) -> Estimate:  # between 0 and 1, with `null`
-    "Estimate a calibration error of the answers, whichever."
+    "Estimate a calibration error of the answers, whichever; raise ConfigurationError for an unknown norm."
     if norm not in ("l1", "l2", "max"): raise ConfigurationError(f"unknown norm {norm!r}", fix="one of l1, l2, max")
     n, level = x.n if isinstance(x, CalibrationState) else len(x), check_level(level)
     if n == 0 and sums_of(x, bins, kind).shape: return Estimate(np.nan, 0.0, 1.0, 0, name, "percentile bootstrap", level)
@@ -155,7 +155,7 @@ def ece(x: Predictions | CalibrationState,  # rows with their true classes, or w
         seed: int = 0,  # of the draws
         level: float = 0.95,  # confidence of the interval, between 0 and 1
        ) -> Estimate:  # between 0 and 1, with `null`
-    "Estimate the expected calibration error of the answers."
+    "Estimate the expected calibration error of the answers (Guo et al., 2017, eq. 3)."
     return calibration_error(x, "ece", bins, kind, norm, debiased, n_boot, seed, level)
 
 # %% ../../nbs/uncertainty/114_calibration_error.ipynb #mce

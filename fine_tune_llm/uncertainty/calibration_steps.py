@@ -29,7 +29,7 @@ from .predictions import Predictions
 # %% ../../nbs/uncertainty/126_calibration_steps.ipynb #prior
 def prior_of(prior: float,  # rows for which the model speaks itself
             ) -> float:
-    "Refuse a number of rows that is negative."
+    "Refuse a number of rows that is negative with ConfigurationError."
     if not 0 <= prior < np.inf: raise ConfigurationError(f"prior must be 0 or a positive number of rows, got {prior}", where="prior")
     return prior
 
@@ -49,7 +49,7 @@ def isotonic_corners(p: np.ndarray,  # probabilities, shape [n]
 
 # %% ../../nbs/uncertainty/126_calibration_steps.ipynb #isotonic
 class IsotonicCalibration:
-    "Correct probabilities by the best increasing curve."
+    "Correct probabilities by the best increasing curve (Zadrozny and Elkan, 2002)."
     kind, stage = "isotonic", "isotonic calibration"
     curves_: tuple[np.ndarray, ...]  # corners of the curve of each question, each of shape [2, m]
 
@@ -59,7 +59,7 @@ class IsotonicCalibration:
 
     def fit(self, preds: Predictions,  # 10 or more rows that nothing has seen, of two classes or more
            ) -> "IsotonicCalibration":  # the same object
-        "Find the curves on 10 or more fresh rows."
+        "Find the curves on 10 or more fresh rows; raise OverlapError, TooFewRowsError or DataError for unfit rows."
         y, logp = mixed_truth(preds, self.stage), preds.log_probs
         p, hit = np.exp(questions(logp, self.mode)[0]), hits(logp, y, self.mode)
         self.curves_, self.n_ = tuple(isotonic_corners(p[:, j], hit[:, j]) for j in range(p.shape[1])), len(y)
@@ -111,7 +111,7 @@ def bin_values(p: np.ndarray,  # probabilities, shape [n]
 
 # %% ../../nbs/uncertainty/126_calibration_steps.ipynb #histogram
 class HistogramBinning:
-    "Answer with the share of hits among the calibration rows of the same bin."
+    "Answer with the share of hits among the calibration rows of the same bin (Zadrozny and Elkan, 2001)."
     kind, stage = "histogram", "histogram binning"
     edges_: tuple[np.ndarray, ...]  # inner cuts of each question, each of shape [b - 1]
     values_: tuple[np.ndarray, ...]  # corrected probability of each bin, each of shape [b]
@@ -127,7 +127,7 @@ class HistogramBinning:
 
     def fit(self, preds: Predictions,  # 10 or more rows that nothing has seen, of two classes or more
            ) -> "HistogramBinning":  # the same object
-        "Count hits on 10 or more fresh rows."
+        "Count hits on 10 or more fresh rows; raise OverlapError, TooFewRowsError or DataError for unfit rows."
         y, logp = mixed_truth(preds, self.stage), preds.log_probs
         p, hit = np.exp(questions(logp, self.mode)[0]), hits(logp, y, self.mode)
         self.edges_ = tuple(bin_edges(p[:, j], self.bins, self.cuts) for j in range(p.shape[1]))

@@ -34,7 +34,7 @@ def pick(preds: Predictions,  # what the model said, on these rows and maybe oth
          ids: np.ndarray,  # rows that are needed, shape [m]
          stage: int,  # of the model, from 0, for the message
         ) -> Predictions:  # those rows, in that order
-    "Find rows by their ids."
+    "Find rows by their ids; raise DataError where one is missing."
     order = np.argsort(preds.ids)
     place = np.searchsorted(preds.ids[order], ids).clip(0, max(len(order) - 1, 0))
     there = preds.ids[order][place] == ids if len(order) else np.zeros(len(ids), dtype=bool)
@@ -67,7 +67,7 @@ class Routed:
     def risk(self, y: np.ndarray,  # class numbers, shape [n]
              level: float = 0.95,  # confidence of the interval, between 0 and 1
             ) -> Estimate:
-        "Estimate the share of wrong answers among those given, for true classes `y`."
+        "Estimate the share of wrong answers among those given, for true classes `y`; raise OverlapError for calibration rows."
         refuse_overlap(self.ids, {"the risk certificate": self.calibration_ids}, "a selective risk")
         given = self.action >= 0
         return rate(int((self.action != y)[given].sum()), int(given.sum()), "selective risk", level)
@@ -75,7 +75,7 @@ class Routed:
     def mean_cost(self, y: np.ndarray,  # class numbers, shape [n]
                   level: float = 0.95,  # confidence of the interval, between 0 and 1
                  ) -> Estimate:
-        "Estimate what a row costs, models included, for true classes `y`."
+        "Estimate what a row costs, models included, for true classes `y`; raise OverlapError for calibration rows."
         refuse_overlap(self.ids, {"the risk certificate": self.calibration_ids}, "a mean cost")
         asked = np.cumsum(self.prices)[np.minimum(self.stage, len(self.prices) - 1)]
         return mean(row_costs(self.action, y, self.costs, self.person) + asked, "mean cost", level)
@@ -108,7 +108,7 @@ class Cascade:
     def fit(self, preds: Sequence[Predictions],  # of each model, first to last, with the true classes
             accept_overlap: str = "",  # why rows may be used that were used before; leaves no guarantee
            ) -> "Cascade":  # the same object
-        "Calibrate each policy on its own share of the rows, and there on those that reach it."
+        "Calibrate each policy on its share of the rows that reach it; raise DataError or ConfigurationError for what does not fit."
         if len(preds) != len(self.policies): raise DataError(f"predictions of {len(preds)} models for {len(self.policies)} policies")
         share, self.policies_ = stage_of(preds[0].ids, len(preds)), list[DecisionPolicy]()
         for s, policy in enumerate(self.policies):

@@ -52,7 +52,7 @@ def classwise_ece(preds: Predictions,  # n rows with their true classes
                   seed: int = 0,  # of the draws
                   level: float = 0.95,  # confidence of the interval, between 0 and 1
                  ) -> Estimate:  # between 0 and 1, with `null`
-    "Estimate the calibration error of each class's probability, averaged over the classes."
+    "Estimate the calibration error of each class's probability, averaged over the classes (Kull et al., 2019)."
     (n, k), rng, level = (len(preds), len(preds.labels)), np.random.default_rng(seed), check_level(level)
     y, p = preds.require_y("a calibration error"), preds.probabilities
     edges_of(p[:0, 0], bins, kind)

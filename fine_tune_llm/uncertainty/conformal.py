@@ -78,7 +78,7 @@ class Line:
 def group_of(preds: Predictions,  # n rows with group columns
              column: str,  # name of a group column
             ) -> np.ndarray:  # group of each row by name, shape [n]
-    "Read a group column."
+    "Read a group column; raise DataError where it is missing."
     known = [] if preds.groups is None else list(preds.groups.columns)
     if column not in known:
         raise DataError(f"no group column {column!r}", fix=f"use one of: {', '.join(map(str, known))}" if known else "give groups= to Predictions")
@@ -131,7 +131,7 @@ def tuned(score: Score,  # as it was asked for
           u: np.ndarray,  # their coins, shape [n]
           alpha: float,  # share of misses to tolerate, between 0 and 1
          ) -> tuple[Score, np.ndarray | None]:  # (the score as tuned, cluster of each class by name [K] or None)
-    "Let the tuning rows decide what they can."
+    "Let the tuning rows decide what they can; raise ConfigurationError for clusters without such rows."
     if tuning is None:
         if promise.kind == "clustered":
             raise ConfigurationError("clusters need rows that do not calibrate", fix="give tuning= to fit, or tuning_share=")
@@ -148,7 +148,7 @@ def fit_conformal(self: Any,  # a ConformalClassifier
                   weights: ArrayLike | None = None,  # ratio of densities of each row, shape [n], for weighted
                   accept_overlap: str = "",  # why rows may be used that were used before; leaves no guarantee
                  ) -> Any:  # the same classifier, fitted
-    "Put the scores of the calibration rows in line."
+    "Put the scores of the calibration rows in line; raise OverlapError, TooFewRowsError, DataError or ConfigurationError for unfit rows."
     self.void_ = preds.refuse_overlap("conformal calibration", accept_overlap)
     w = check_weights(weights, len(preds)) if self.guarantee == "weighted" else None
     kept, others = part_rows(preds, tuning, self.tuning_share, self.seed)
@@ -175,7 +175,7 @@ def predict_sets(self: Any,  # a ConformalClassifier
                  alpha: float | None = None,  # share of misses to tolerate; None for that of the classifier
                  weights: ArrayLike | None = None,  # ratio of densities of each row, shape [n], for weighted
                 ) -> PredictionSets:
-    "Keep the classes of each row that score at most their threshold."
+    "Keep the classes of each row that score at most their threshold; raise ConfigurationError for other labels."
     require_fitted(self)
     if tuple(preds.labels) != tuple(self.labels_):
         raise ConfigurationError("the labels are not those of the calibration", fix="predict with the same classes in the same order")
@@ -212,7 +212,7 @@ def conformal_dict(self: Any) -> dict[str, Any]:
 # %% ../../nbs/uncertainty/140_conformal.ipynb #conformal-from-def
 def conformal_from(value: Mapping[str, Any],  # what `conformal_dict` gave
                   ) -> Any:  # a ConformalClassifier
-    "Rebuild a classifier from plain values."
+    "Rebuild a classifier from plain values; raise DataError for another kind."
     expect_kind(value, "conformal")
     if "line_" not in value: raise DataError("the classifier was saved without its scores", fix="fit it again, and save it")
     self = ConformalClassifier(**{f.name: value[f.name] for f in fields(ConformalClassifier) if f.init})
@@ -282,11 +282,11 @@ class ConformalClassifier:
 
     def save(self, path: str | Path,  # JSON file to write or replace
             ) -> None:
-        "Write one JSON file."
+        "Write one JSON file; raise ConfigurationError where nothing was learned."
         save_json(path, self.to_dict())
 
     @staticmethod
     def load(path: str | Path,  # JSON file of `save`
             ) -> "ConformalClassifier":
-        "Read what `save` wrote."
+        "Read what `save` wrote; raise DataError for another kind of file."
         return conformal_from(load_json(path))

@@ -45,7 +45,7 @@ def count_below(calibration: Predictions,  # the rows that a fold's model has no
 def check_folds(calibrations: Sequence[Predictions],  # for each fold, its rows
                 tests: Sequence[Predictions],  # for each fold, the rows to predict
                ) -> None:
-    "Refuse folds that do not fit together."
+    "Refuse folds that do not fit together with DataError, or ConfigurationError for their number."
     if len(calibrations) != len(tests) or not len(tests):
         raise ConfigurationError(f"{len(calibrations)} folds and {len(tests)} predictions of new rows", fix="give one of each for each fold")
     ids = np.concatenate([c.ids for c in calibrations])
@@ -62,7 +62,7 @@ def cross_conformal(calibrations: Sequence[Predictions],  # for each fold, the r
                     score: Score | None = None,  # None for lac
                     seed: int = 0,  # of the coins
                    ) -> PredictionSets:
-    "Give the sets that all folds together support."
+    "Give the sets that all folds together support (Vovk, 2015); raise DataError or ConfigurationError where they do not fit."
     check_folds(calibrations, tests)
     how = score or Score("lac")
     coins = [tuple(row_coins(p.ids, seed) if how.tossed else np.ones(len(p)) for p in pair) for pair in zip(calibrations, tests)]

@@ -29,7 +29,7 @@ def fresh_truth(preds: Predictions,  # n rows with their true classes
                 least: int = 1,  # rows that will do
                 accept: str = "",  # a reason to use rows that an earlier stage has used
                ) -> np.ndarray:  # true classes, shape [n]
-    "Give the true classes of rows that are fit to calibrate on."
+    "Give the true classes of rows fit to calibrate on; raise OverlapError, TooFewRowsError or DataError otherwise."
     preds.refuse_overlap(purpose, accept)
     if len(preds) < least: raise TooFewRowsError(len(preds), least, purpose)
     return preds.require_y(purpose)
@@ -39,7 +39,7 @@ def mixed_truth(preds: Predictions,  # n rows with their true classes
                 purpose: str,  # what the rows are to be used for
                 least: int = 10,  # rows that will do
                ) -> np.ndarray:  # true classes, shape [n], two or more of them
-    "Give the true classes of rows that are fit to calibrate a model on."
+    "Give the true classes of rows fit to calibrate a model on; raise as `fresh_truth`, and DataError for a single class."
     y = fresh_truth(preds, purpose, least)
     if (y == y[0]).all():
         raise DataError(f"one class alone is true in all {len(y)} rows for {purpose}", where=f"class {preds.labels[int(y[0])]}",
@@ -55,7 +55,7 @@ def save_json(path: str | Path,  # file to write or replace
 
 def load_json(path: str | Path,  # file that `save_json` wrote
              ) -> dict[str, Any]:
-    "Read a JSON file that holds one object."
+    "Read a JSON file that holds one object; raise DataError for any other."
     try: value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e: raise DataError(f"cannot read JSON: {e}", where=str(path)) from None
     if not isinstance(value, dict): raise DataError("the file holds no JSON object", where=str(path))
@@ -66,7 +66,7 @@ def expect_kind(value: Mapping[str, Any],  # what a JSON file held
                 kind: str,  # what it must be
                 version: int = 1,  # the form that this code reads
                ) -> Mapping[str, Any]:  # the same value
-    "Refuse a value of another kind or of a form that we do not know."
+    "Refuse a value of another kind, or of a form that we do not know, with DataError."
     found = f"{value.get('kind')} version {value.get('version')}"
     if found != f"{kind} version {version}": raise DataError(f"this is {found}, not {kind} version {version}")
     return value
@@ -74,7 +74,7 @@ def expect_kind(value: Mapping[str, Any],  # what a JSON file held
 # %% ../../nbs/uncertainty/120_fitting.ipynb #require-fitted
 def require_fitted(estimator: object,  # whose learned values end in an underscore
                   ) -> None:
-    "Refuse to use an estimator that has learned nothing."
+    "Refuse to use an estimator that has learned nothing with ConfigurationError."
     if not any(name.endswith("_") for name in vars(estimator)):
         raise ConfigurationError(f"{type(estimator).__name__} is not fitted", fix="call fit, or load a fitted one")
 
@@ -94,7 +94,7 @@ def unplain(value: Any,  # what `plain` gave, perhaps after a trip through a fil
 # %% ../../nbs/uncertainty/120_fitting.ipynb #estimator-dict
 def estimator_dict(estimator: Any,  # fitted, with a `kind`
                   ) -> dict[str, Any]:
-    "Give the settings of an estimator, and what it learned, as plain values."
+    "Give the settings of an estimator, and what it learned, as plain values; raise ConfigurationError where it learned nothing."
     require_fitted(estimator)
     return {"kind": estimator.kind, "version": 1, **{k.removesuffix("_"): plain(v) for k, v in vars(estimator).items()}}
 
@@ -102,7 +102,7 @@ def estimator_from(cls: type[Estimator],  # class to rebuild, whose `kind` the v
                    value: Mapping[str, Any],  # what `estimator_dict` gave
                    noted: tuple[str, ...] = NOTED,  # learned values that the class does not annotate
                   ) -> Estimator:  # fitted
-    "Rebuild a fitted estimator from plain values."
+    "Rebuild a fitted estimator from plain values; raise DataError where one is missing or unknown."
     estimator, hints = cls(), vars(cls).get("__annotations__", ())
     found = {k: v for k, v in expect_kind(value, vars(cls)["kind"]).items() if k not in ("kind", "version")}
     names = {**{k.removesuffix("_"): k for k in (*hints, *noted)}, **{k: k for k in vars(estimator)}}
@@ -115,20 +115,20 @@ def estimator_from(cls: type[Estimator],  # class to rebuild, whose `kind` the v
 def save_estimator(estimator: Any,  # fitted, with a `kind`
                    path: str | Path,  # JSON file to write or replace
                   ) -> None:
-    "Write one JSON file."
+    "Write one JSON file; raise ConfigurationError where nothing was learned."
     save_json(path, estimator_dict(estimator))
 
 def load_estimator(cls: type[Estimator],  # class that must have written it
                    path: str | Path,  # JSON file of `save`
                   ) -> Estimator:  # fitted
-    "Read what `save` wrote."
+    "Read what `save` wrote; raise DataError for another kind of file."
     return estimator_from(cls, load_json(path))
 
 # %% ../../nbs/uncertainty/120_fitting.ipynb #recalibrated
 def recalibrated(calibrator: Any,  # fitted, with a `stage` and a `transform` of log probabilities
                  preds: Predictions,  # n rows with the calibrator's labels, not calibrated by it before
                 ) -> Predictions:  # with probabilities, where there were logits
-    "Give predictions with the calibrator applied, and its rows in their ledger."
+    "Apply the calibrator to predictions, and enter its rows in their ledger; raise ConfigurationError for other labels, or twice."
     require_fitted(calibrator)
     if preds.labels.names != calibrator.names_:
         raise ConfigurationError(f"the labels are not those of {calibrator.stage}", fix="calibrate the same classes in the same order")

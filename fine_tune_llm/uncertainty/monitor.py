@@ -30,7 +30,7 @@ def next_p_value(past: list[float],  # scores so far, increasing
                  score: float,  # of the new row; high is strange
                  coin: float,  # a uniform number from 0 to 1
                 ) -> float:  # from 0 to 1, small for a strange row
-    "Rank a score among those before it, ties broken by a coin."
+    "Rank a score among those before it, ties broken by a coin (Vovk, Gammerman and Shafer, 2005)."
     low, high = bisect_left(past, score), bisect_right(past, score)
     return (len(past) - high + coin * (high - low + 1)) / (len(past) + 1)
 
@@ -52,7 +52,7 @@ def bet(stakes: np.ndarray,  # share of the capital with each player, sums to 1,
         p: float,  # p-value of the new row
         jump: float,  # share that each player gives to the pot
        ) -> tuple[np.ndarray, float]:  # (shares after the row, factor of the capital)
-    "Play one round."
+    "Play one round (the simple jumper of Vovk et al., 2021)."
     won = ((1 - jump) * stakes + jump / len(BETS)) * (1 + BETS * (0.5 - p))
     growth = float(won.sum())
     return won / growth, growth
@@ -100,7 +100,7 @@ class ExchangeabilityMonitor:
 
     def fit(self, preds: Predictions,  # n rows that nothing has seen
            ) -> "ExchangeabilityMonitor":  # the same object
-        "Start with one coin and a past of rows that nothing has seen."
+        "Start with one coin and a past of rows that nothing has seen; raise OverlapError, TooFewRowsError or DataError for unfit rows."
         fresh_truth(preds, "the monitor")
         self.past_, self.ids_, self.n_ = tuple(np.sort(strangeness(preds, self.of)).tolist()), tuple(preds.ids.tolist()), len(preds)
         self.stakes_, self.log_capital_, self.log_peak_, self.alarm_ = np.full(len(BETS), 1 / len(BETS)), 0.0, 0.0, None
@@ -108,7 +108,7 @@ class ExchangeabilityMonitor:
 
     def update(self, preds: Predictions,  # rows of the stream that were not played yet
               ) -> "ExchangeabilityMonitor":  # the same object
-        "Play new rows, in their order in time."
+        "Play new rows, in their order in time; raise OverlapError for rows that were played before."
         require_fitted(self)
         refuse_overlap(preds.ids, {"calibration or the stream": frozenset(self.ids_)}, "the monitor")
         past = list(self.past_)

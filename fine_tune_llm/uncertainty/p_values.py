@@ -53,7 +53,7 @@ def conformal_p_values(classifier: ConformalClassifier,  # fitted
                        smoothed: bool = False,  # toss a coin for ties: exactly uniform, instead of never too small
                        weights: ArrayLike | None = None,  # ratio of densities of each row, shape [n], for weighted
                       ) -> np.ndarray:  # p-value of each class, float64, shape [n, K]
-    "Give each class of each row its p-value."
+    "Give each class of each row its p-value; raise ConfigurationError where the classifier is not fitted."
     require_fitted(classifier)
     line, promise, score, k = classifier.line_, classifier.promise, classifier.score_, len(preds.labels)
     tables, p = line_tables(line), np.empty((len(preds), k))

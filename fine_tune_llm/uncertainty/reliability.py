@@ -29,7 +29,7 @@ def edges_of(confidence: np.ndarray,  # shape [n]
              bins: int,  # how many
              kind: str,  # "equal-width" or "equal-mass"
             ) -> np.ndarray | None:  # upper ends of all bins but the last; None for equal widths
-    "Find where bins end, or refuse the settings."
+    "Find where bins end; raise ConfigurationError for settings that are none."
     if bins < 1 or bins != int(bins): raise ConfigurationError(f"bins must be 1 or more, got {bins}")
     if kind not in KINDS: raise ConfigurationError(f"unknown kind {kind!r}", fix=f"one of {', '.join(KINDS)}")
     return mass_edges(confidence, bins) if kind == "equal-mass" else None
@@ -64,7 +64,7 @@ def sums_of(x: Predictions | CalibrationState,  # rows with their true classes, 
             bins: int = 15,  # parts of the confidences 0 to 1; a state has its own
             kind: str = "equal-width",  # or "equal-mass", for predictions alone
            ) -> np.ndarray:  # float64, shape [3, 2, bins]
-    "Give the sums by bin and outcome of predictions or of a state."
+    "Give the sums by bin and outcome of predictions or of a state; raise ConfigurationError for bins that a state has not."
     if not isinstance(x, CalibrationState):
         confidence, right = outcomes(x)
         return bin_sums(confidence, right, bins, edges_of(confidence, bins, kind))

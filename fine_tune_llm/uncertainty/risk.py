@@ -33,7 +33,7 @@ def check_settings(max_risk: float | None,  # share of wrong answers, or mean co
                    max_abstention: float | None,  # share of rows that may go without an answer; `None` for any
                    loss: str,  # "errors" or "cost"
                   ) -> None:
-    "Refuse settings that promise nothing sensible."
+    "Refuse settings that promise nothing sensible with ConfigurationError."
     if loss not in ("errors", "cost"): raise ConfigurationError(f"no loss {loss!r}", fix="use one of: errors, cost")
     for name, x in (("max_risk", max_risk), ("delta", delta), ("max_abstention", max_abstention)):
         if x is None or (0 < x < 1) or (name == "max_risk" and loss == "cost" and 0 < x < np.inf): continue
@@ -45,7 +45,7 @@ def answer_losses(w: Weighed,  # best answer of each of n rows
                   costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
                   loss: str,  # "errors" or "cost"
                  ) -> tuple[np.ndarray, float]:  # (wrong or not, or cost between 0 and 1, shape [n]; what 1 stands for)
-    "Say what each answer would lose."
+    "Say what each answer would lose; raise ConfigurationError where costs that are to be limited are negative."
     if loss == "errors": return w.answer != y, 1.0
     if costs.min() < 0 or costs.max() <= 0: raise ConfigurationError("a limit on costs needs costs of 0 or more", where=f"smallest cost {costs.min():g}")
     return costs[y, w.answer] / costs.max(), float(costs.max())
@@ -149,7 +149,7 @@ def learn_risk(preds: Predictions,  # n rows that nothing has seen
                s: Any,  # a DecisionPolicy: the settings
                max_risk: float,  # share of wrong answers, or mean cost
               ) -> dict[str, Any]:  # learned values by name
-    "Find the threshold that keeps a limit on the risk."
+    "Find the threshold that keeps a limit on the risk; raise ConfigurationError for a limit above the largest cost."
     order = np.argsort(preds.ids, kind="stable")
     w = weigh(preds.take(order), costs, s.abstain_cost)
     losses, unit = answer_losses(w, y[order], costs, s.loss)
@@ -204,7 +204,7 @@ class DecisionPolicy:
     def fit(self, preds: Predictions,  # n rows; with their true classes for a limit on the risk
             accept_overlap: str = "",  # why rows may be used that were used before; leaves no guarantee
            ) -> "DecisionPolicy":  # the same object
-        "Certify on fresh rows; without a limit to keep, only the labels are taken from them."
+        "Certify on fresh rows; without a limit, only take the labels; raise OverlapError, DataError or ConfigurationError for what does not fit."
         self.costs_, self.labels_ = cost_array(self.costs, len(preds.labels)).tolist(), preds.labels
         vars(self).update(learn_policy(preds, np.asarray(self.costs_), self, accept_overlap))
         return self
@@ -218,7 +218,7 @@ class DecisionPolicy:
                 + room_promise(self.max_abstention, self.roomy_ and self.threshold_ < np.inf, self.delta))
 
     def decide(self, preds: Predictions) -> Decisions:  # n rows with the policy's labels
-        "Choose an action for each row."
+        "Choose an action for each row; raise ConfigurationError where not fitted, or for other labels."
         require_fitted(self)
         return decide(self, preds)
 
@@ -247,7 +247,7 @@ class DecisionPolicy:
 def decide(policy: DecisionPolicy,  # fitted
            preds: Predictions,  # n rows with the policy's labels
           ) -> Decisions:
-    "Give each row its answer, or -1 where it is not worth its cost or not sure enough."
+    "Give each row its answer, or -1 where it costs too much or is not sure enough; raise ConfigurationError for other labels."
     if preds.labels.names != policy.labels_.names:
         raise ConfigurationError("the labels are not those of the policy", fix="decide with the same classes in the same order")
     costs = np.asarray(policy.costs_)

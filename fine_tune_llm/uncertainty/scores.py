@@ -131,7 +131,7 @@ def true_scores(preds: Predictions,  # n rows of K classes
 def entmax_ranked(z: np.ndarray,  # logits or log probabilities, each row falling, shape [n, m]
                   gamma: float,  # 1.5 or 2
                  ) -> np.ndarray:  # scores, float64, shape [n, m]
-    "Score sorted classes by entmax."
+    "Score sorted classes by entmax (Campos et al., 2025)."
     gap, r = z[:, :-1] - z[:, 1:], np.arange(1, z.shape[1])
     start = np.zeros((len(z), 1))
     first = np.hstack([start, np.cumsum(r * gap, axis=1)])

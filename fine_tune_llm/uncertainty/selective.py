@@ -33,7 +33,7 @@ class Ranking:
 def ranking(score: Any,  # large where the model is sure, shape [n]
             loss: Any,  # what each answer costs, 0 or more, shape [n]
            ) -> Ranking:
-    "Sort rows by score, and share the losses inside ties."
+    "Sort rows by score, and share the losses inside ties; raise DataError for scores or losses that are none."
     s, own = np.asarray(score, dtype=np.float64), np.asarray(loss, dtype=np.float64)
     if s.ndim != 1 or s.shape != own.shape: raise DataError(f"scores of shape {s.shape}, losses {own.shape}", fix="give one of each per row")
     for name, bad in (("score", np.isnan(s)), ("loss", ~(np.isfinite(own) & (own >= 0)))):
@@ -66,7 +66,7 @@ def risk_coverage(preds: Predictions,  # n rows; with their true classes where n
 def influence(r: Ranking,  # n rows in the order of confidence
               v: np.ndarray,  # weight of each coverage in the metric, shape [n]
              ) -> np.ndarray:  # how the metric moves with the weight of each row, shape [n], in the order of the rows; mean 0
-    "Measure what each row does to a weighted sum of the curve."
+    "Measure what each row does to a weighted sum of the curve (infinitesimal jackknife: Efron, 1982)."
     def shared(x: np.ndarray) -> np.ndarray: return (np.bincount(r.tie, x) / np.bincount(r.tie))[r.tie]
     reach, margin = np.cumsum(v[::-1])[::-1], np.cumsum((v * r.expected)[::-1])[::-1]
     psi, out = len(v) * (shared(reach) * r.own - shared(margin)), np.empty(len(v))
@@ -108,7 +108,7 @@ def around(name: str,  # of the metric
 def oracle_aurc(errors: int,  # wrong rows, 0 to n
                 n: int,  # rows, 1 or more
                ) -> float:  # between 0 and 1
-    "Give the AURC of an order that puts all errors last."
+    "Give the AURC of an order that puts all errors last; raise DataError for counts that are none."
     if not 0 <= errors <= n or n < 1: raise DataError(f"{errors} errors in {n} rows", fix="count integers with 0 <= errors <= n, n >= 1")
     right = n - errors
     return float((errors - right * (digamma(n + 1) - digamma(right + 1))) / n)
@@ -120,7 +120,7 @@ def aurc(preds: Predictions,  # n rows; with their true classes where no loss is
          loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
          level: float = 0.95,  # confidence of the interval, between 0 and 1
         ) -> Estimate:  # in the unit of the loss
-    "Estimate the area under the risk-coverage curve."
+    "Estimate the area under the risk-coverage curve (Geifman et al., 2019)."
     r, v = chosen(preds, score, loss), risk_weights(len(preds))
     return around("aurc", area(r, v), influence(r, v) if len(v) else v, r, level)
 
@@ -131,7 +131,7 @@ def eaurc(preds: Predictions,  # n rows; with their true classes where no loss i
           loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
           level: float = 0.95,  # confidence of the interval, between 0 and 1
          ) -> Estimate:  # in the unit of the loss; 0 for an order that puts the losses last
-    "Estimate the AURC in excess of the best possible order."
+    "Estimate the AURC in excess of the best possible order (Geifman et al., 2019)."
     r, v = chosen(preds, score, loss), risk_weights(len(preds))
     if len(v) == 0: return around("e-aurc", np.nan, v, r, level)
     best = ranking(-r.own[np.argsort(r.rows)], r.own[np.argsort(r.rows)])
@@ -144,7 +144,7 @@ def augrc(preds: Predictions,  # n rows; with their true classes where no loss i
           loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
           level: float = 0.95,  # confidence of the interval, between 0 and 1
          ) -> Estimate:  # between 0 and 1/2 for 0/1 losses
-    "Estimate the area under the generalised risk-coverage curve."
+    "Estimate the area under the generalised risk-coverage curve (Traub et al., 2024)."
     n = len(preds)
     r, v = chosen(preds, score, loss), np.full(n, 1 / max(n, 1) ** 2)
     if n == 0: return around("augrc", np.nan, v, r, level)
@@ -158,7 +158,7 @@ def prr(preds: Predictions,  # n rows; with their true classes where no loss is 
         max_rejection: float = 0.5,  # largest share of rows to reject, above 0, at most 1
         level: float = 0.95,  # confidence of the interval, between 0 and 1
        ) -> Estimate:  # 1 for the oracle, 0 for a random order
-    "Estimate the prediction rejection ratio."
+    "Estimate the prediction rejection ratio (Malinin and Gales, 2021); raise ConfigurationError for a share that is none."
     if not 0 < max_rejection <= 1: raise ConfigurationError(f"max_rejection must lie above 0 and be at most 1, got {max_rejection}")
     n, r = len(preds), chosen(preds, score, loss)
     own, v = r.own[np.argsort(r.rows)], risk_weights(n, max(1, int(max_rejection * n + 1e-9)))
@@ -208,7 +208,7 @@ def risk_at_coverage(preds: Predictions,  # n rows; with their true classes wher
                      seed: int = 0,  # of the resamples
                      level: float = 0.95,  # confidence of the interval, between 0 and 1
                     ) -> Estimate:  # in the unit of the loss
-    "Estimate the risk when a share of the rows is answered."
+    "Estimate the risk when a share of the rows is answered; raise ConfigurationError for a share that is none."
     if not 0 < coverage <= 1: raise ConfigurationError(f"coverage must lie above 0 and be at most 1, got {coverage}")
     def risk(losses: np.ndarray) -> float: return float(losses[:max(1, ceil(coverage * len(losses) - 1e-9))].mean())
     return at_point(f"risk at coverage {coverage:g}", chosen(preds, score, loss), risk, n_boot, seed, level)
@@ -223,7 +223,7 @@ def coverage_at_risk(preds: Predictions,  # n rows; with their true classes wher
                      seed: int = 0,  # of the resamples
                      level: float = 0.95,  # confidence of the interval, between 0 and 1
                     ) -> Estimate:  # share of rows, 0 when no row can be answered
-    "Estimate the largest share of rows that can be answered at a risk."
+    "Estimate the largest share of rows that can be answered at a risk; raise ConfigurationError for a negative one."
     if not risk >= 0: raise ConfigurationError(f"risk must be 0 or more, got {risk}")
     def coverage(losses: np.ndarray) -> float:
         within = np.cumsum(losses) <= risk * np.arange(1, len(losses) + 1) + 1e-9

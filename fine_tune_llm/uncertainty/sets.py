@@ -111,7 +111,7 @@ class PredictionSets:
 
     def hits(self, y: ArrayLike,  # class numbers, shape [n]
             ) -> np.ndarray:
-        "Say for each row whether its set holds the true class `y`, shape [n]."
+        "Say for each row whether its set holds `y`, shape [n]; raise OverlapError for calibration rows, DataError where lengths differ."
         refuse_overlap(self.ids, {"conformal calibration": self.calibration_ids}, "a coverage estimate")
         if len(np.asarray(y)) != len(self): raise DataError(f"{len(np.asarray(y))} true classes for {len(self)} sets")
         return bits_at(self.bits, true_classes(y, len(self), len(self.labels)))
@@ -119,7 +119,7 @@ class PredictionSets:
     def coverage(self, y: ArrayLike,  # class numbers, shape [n]
                  level: float = 0.95,  # confidence of the interval, at least
                 ) -> Estimate:
-        "Estimate the share of sets that hold the true class `y`, shape [n]."
+        "Estimate the share of sets that hold the true class `y`; raise as `hits`."
         return share_covered(self.hits(y), level)
 
     def law(self, m: int,  # test rows, 1 or more
@@ -131,7 +131,7 @@ class PredictionSets:
 # %% ../../nbs/uncertainty/136_sets.ipynb #join
 def join_sets(parts: Sequence[PredictionSets],  # one or more, in order
              ) -> PredictionSets:
-    "Join the sets of chunks of rows."
+    "Join the sets of chunks of rows; raise DataError where they carry different promises."
     first = parts[0]
     for p in parts:
         if (p.alpha, p.score, p.guarantee, p.labels) != (first.alpha, first.score, first.guarantee, first.labels):
