@@ -102,7 +102,9 @@ class CalibrationState:
         "Rebuild what `to_dict` gave, bit for bit; raise DataError for another kind of value."
         if raw.get("kind") != "calibration-state" or raw.get("version") != 1:
             raise DataError(f"kind {raw.get('kind')}, version {raw.get('version')} is no calibration state of version 1")
-        return cls(np.array(raw["sums"], dtype=np.float64))
+        try: sums = np.array(raw["sums"], dtype=np.float64)
+        except (KeyError, TypeError, ValueError) as e: raise DataError(f"the sums of a calibration state are broken: {type(e).__name__} {e}") from None
+        return cls(sums)
 
 # %% ../../nbs/uncertainty/111_streaming.ipynb #answer-confidence
 def answer_confidence(logits: Any,  # finite numbers, shape [n, K]
