@@ -93,6 +93,6 @@ def verify_path(path: str | Path,  # a folder with a dossier, or a report.json
     report = load_json(path)
     if not isinstance(report, dict) or report.get("kind") != "audit": raise AuditError("this is no audit report", where=str(path), fix="give a report.json")
     try: wrong = stored_contradictions(report)
-    except (KeyError, TypeError) as e: return Checked("report", (f"cannot be read: {type(e).__name__} {e}",), (), "")
+    except (KeyError, TypeError, ValueError, AttributeError) as e: return Checked("report", (f"cannot be read: {type(e).__name__} {e}",), (), "")
     if again is not None: wrong += [d for d in differences(report, plain(again.to_dict())) if not d.startswith(("provenance.software", "notes"))]
     return Checked("report", tuple(wrong), (), "" if again else "The numbers were not computed again: give the predictions.")
