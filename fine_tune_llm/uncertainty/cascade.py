@@ -18,7 +18,7 @@ from ..core.labels import Labels
 from .calibration import require_fitted
 from .costs import row_costs
 from .metrics import Estimate, mean, rate
-from .predictions import Predictions, refuse_overlap
+from .predictions import Predictions, refuse_overlap, true_classes
 from .risk import DecisionPolicy
 
 # %% ../../nbs/uncertainty/156_cascade.ipynb #parts
@@ -67,15 +67,16 @@ class Routed:
     def risk(self, y: np.ndarray,  # class numbers, shape [n]
              level: float = 0.95,  # confidence of the interval, between 0 and 1
             ) -> Estimate:
-        "Estimate the share of wrong answers among those given, for true classes `y`; raise OverlapError for calibration rows."
+        "Estimate the share of wrong answers among those given, for true classes `y`; raise OverlapError for calibration rows, DataError for no class."
         refuse_overlap(self.ids, {"the risk certificate": self.calibration_ids}, "a selective risk")
         given = self.action >= 0
-        return rate(int((self.action != y)[given].sum()), int(given.sum()), "selective risk", level)
+        wrong = self.action != true_classes(y, len(self), len(self.labels))
+        return rate(int(wrong[given].sum()), int(given.sum()), "selective risk", level)
 
     def mean_cost(self, y: np.ndarray,  # class numbers, shape [n]
                   level: float = 0.95,  # confidence of the interval, between 0 and 1
                  ) -> Estimate:
-        "Estimate what a row costs, models included, for true classes `y`; raise OverlapError for calibration rows."
+        "Estimate what a row costs, models included, for true classes `y`; raise OverlapError for calibration rows, DataError for no class."
         refuse_overlap(self.ids, {"the risk certificate": self.calibration_ids}, "a mean cost")
         asked = np.cumsum(self.prices)[np.minimum(self.stage, len(self.prices) - 1)]
         return mean(row_costs(self.action, y, self.costs, self.person) + asked, "mean cost", level)

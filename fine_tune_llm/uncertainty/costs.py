@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from ..core.errors import ConfigurationError, DataError
 from ..core.labels import Labels, cost_matrix
 from .metrics import Estimate, mean, rate
-from .predictions import Predictions, refuse_overlap
+from .predictions import Predictions, refuse_overlap, true_classes
 
 # %% ../../nbs/uncertainty/154_costs.ipynb #cost-array
 def cost_array(costs: ArrayLike | Labels | None,  # K rows (true class) of K costs (answer); `Labels` for their weights; `None` for 0 and 1
@@ -62,8 +62,9 @@ def row_costs(action: np.ndarray,  # class answered, -1 where a person is asked,
               costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
               abstain_cost: float | None,  # cost of asking a person, where known
              ) -> np.ndarray:  # what each row cost, shape [n]
-    "Price what was done, row by row; raise ConfigurationError for an abstention without a price, DataError where lengths differ."
-    if len(y) != len(action): raise DataError(f"{len(y)} true classes for {len(action)} decisions")
+    "Price what was done, row by row; raise ConfigurationError for an abstention without a price, DataError for other rows or classes."
+    if np.shape(y) != action.shape: raise DataError(f"{np.size(y)} true classes for {len(action)} decisions")
+    y = true_classes(y, len(action), len(costs))
     if abstain_cost is None and (action < 0).any():
         raise ConfigurationError("the cost of asking a person is unknown", fix="give abstain_cost= to DecisionPolicy")
     return np.where(action < 0, abstain_cost or 0.0, costs[y, action])
@@ -103,16 +104,17 @@ class Decisions:
     def selective_risk(self, y: np.ndarray,  # class numbers, shape [n]
                        level: float = 0.95,  # confidence of the interval, between 0 and 1
                       ) -> Estimate:
-        "Estimate the share of wrong answers among those given, for true classes `y`; raise OverlapError for calibration rows."
+        "Estimate the share of wrong answers among those given, for true classes `y`; raise OverlapError for calibration rows, DataError for no class."
         refuse_overlap(self.ids, {"the risk certificate": self.calibration_ids}, "a selective risk")
-        return rate(int((self.action != y)[~self.abstained].sum()), int((~self.abstained).sum()), "selective risk", level)
+        wrong = self.action != true_classes(y, len(self), len(self.labels))
+        return rate(int(wrong[~self.abstained].sum()), int((~self.abstained).sum()), "selective risk", level)
 
     risk = selective_risk
 
     def mean_cost(self, y: np.ndarray,  # class numbers, shape [n]
                   level: float = 0.95,  # confidence of the interval, between 0 and 1
                  ) -> Estimate:
-        "Estimate what a row costs, for true classes `y`; raise OverlapError for calibration rows."
+        "Estimate what a row costs, for true classes `y`; raise OverlapError for calibration rows, DataError for no class."
         refuse_overlap(self.ids, {"the risk certificate": self.calibration_ids}, "a mean cost")
         return mean(row_costs(self.action, y, self.costs, self.abstain_cost), "mean cost", level)
 
