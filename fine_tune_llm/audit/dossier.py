@@ -298,7 +298,7 @@ def add_waiver(d: Dossier,  # where to write
               ) -> None:
     "Let a requirement wait, with a reason and a last day; raise ConfigurationError where either is none."
     try: last = expires if isinstance(expires, date) else date.fromisoformat(expires)
-    except ValueError: raise ConfigurationError(f"{expires!r} is no day", where="expires", fix="write 2026-12-31") from None
+    except (TypeError, ValueError): raise ConfigurationError(f"{expires!r} is no day", where="expires", fix="write 2026-12-31") from None
     d.run.log("audit_waiver", requirement=require_requirement(d, requirement), reason=require_words(reason, "a reason"),
               expires=last.strftime("%Y-%m-%d"), by=require_words(by, "a waiver", 1))
 

@@ -22,7 +22,7 @@ from ..core.errors import ConfigurationError, DataError
 from ..core.figures import styled
 from ..core.labels import Labels
 from ..uncertainty.metrics import Estimate, clopper_pearson
-from ..uncertainty.predictions import Predictions
+from ..uncertainty.predictions import Predictions, true_classes
 
 # %% ../../nbs/audit/266_robustness.ipynb #changes
 Change = Callable[[str, np.random.Generator], str]
@@ -156,12 +156,12 @@ def robustness(predict: Callable[[list[str]], Predictions],  # texts -> predicti
                seed: int = 0,  # of the typing errors
               ) -> RobustnessReport:
     "Change what should not matter, ask again, and compare pair by pair; raise DataError or ConfigurationError for what does not fit."
-    texts, y = list(texts), np.asarray(y)
-    if len(texts) != len(y): raise DataError(f"{len(texts)} texts for {len(y)} true classes", fix="give one of each per row")
+    texts = list(texts)
+    if np.shape(y) != (len(texts),): raise DataError(f"{len(texts)} texts for {np.size(y)} true classes", fix="give one of each per row")
     if not 0 < tolerance < 1: raise ConfigurationError(f"tolerance must lie between 0 and 1, got {tolerance}", fix="0.05 stands for 5 points")
     base = predict(texts)
     if len(base) != len(texts): raise DataError(f"{len(base)} predictions for {len(texts)} texts", where="predict", fix="answer each text, in order")
-    found = []
+    y, found = true_classes(y, len(texts), len(base.labels)), []
     for name, change in changes.items():
         rows, new = altered_texts(texts, change, seed)
         before, after = base.answers[rows], asked_again(predict, new, base.labels)
@@ -183,6 +183,7 @@ def invariance(predict: Callable[[list[str]], Predictions],  # texts -> predicti
     if any(len(m) != len(texts) for m in masks.values()): raise DataError(f"{len(texts)} texts for {len(group if group is not None else ())} groups", fix="give one per text")
     rows, new = altered_texts(texts, change, 0)
     base = predict([texts[i] for i in rows]) if len(rows) else None
+    if base is not None and len(base) != len(rows): raise DataError(f"{len(base)} predictions for {len(rows)} texts", where="predict", fix="answer each text, in order")
     flipped = np.zeros(0, dtype=bool) if base is None else base.answers != asked_again(predict, new, base.labels)
     def row(name: str, mask: np.ndarray) -> dict[str, object]:
         e = share(int(flipped[mask[rows]].sum()), int(mask[rows].sum()), 1 - 0.05 / len(masks))

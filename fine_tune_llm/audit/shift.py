@@ -200,10 +200,10 @@ def coverage_monitor(sets: PredictionSets,  # of the n rows, in any order
                      batch: ArrayLike,  # batch of each row in the order of time: sortable, shape [n]
                      tolerance: float = 0.05,  # shortfall that still counts as kept
                     ) -> pd.DataFrame:  # batch, coverage, low, high, n, law_low, law_high, verdict
-    "Watch coverage batch by batch, with at most 5 % false alarms ever; raise DataError where lengths differ."
+    "Watch coverage batch by batch, with at most 5 % false alarms ever; raise DataError where lengths differ, OverlapError for calibration rows."
     when = np.asarray(batch)
     if not len(sets) == len(y) == len(when): raise DataError(f"{len(sets)} sets, {len(y)} true classes and {len(when)} batches", fix="give one of each per row")
-    hit, out = sets.matrix[np.arange(len(y)), y], []
+    hit, out = sets.hits(y), []
     for k, name in enumerate(np.unique(when), 1):
         rows = when == name
         e = rate(int(hit[rows].sum()), int(rows.sum()), "coverage")
