@@ -12,7 +12,6 @@ from fine_tune_llm.core.errors import FineTuneLLMError
 from fine_tune_llm.core.labels import Labels
 from fine_tune_llm.uncertainty.predictions import Predictions
 
-
 @pytest.fixture(scope="module")
 def report():
     rng = np.random.default_rng(0)
