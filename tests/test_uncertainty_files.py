@@ -4,13 +4,14 @@ import json
 import numpy as np
 import pytest
 
-from fine_tune_llm.core.errors import DataError, FineTuneLLMError
+from fine_tune_llm.core.errors import ConfigurationError, DataError, FineTuneLLMError
 from fine_tune_llm.core.labels import Labels
 from fine_tune_llm.uncertainty.calibration import TemperatureScaling
 from fine_tune_llm.uncertainty.calibration_curves import BetaCalibration
 from fine_tune_llm.uncertainty.calibration_maps import VectorScaling
 from fine_tune_llm.uncertainty.calibration_steps import HistogramBinning, IsotonicCalibration
 from fine_tune_llm.uncertainty.conformal import ConformalClassifier
+from fine_tune_llm.uncertainty.cross import cross_conformal
 from fine_tune_llm.uncertainty.metrics import calibration_state
 from fine_tune_llm.uncertainty.monitor import ExchangeabilityMonitor
 from fine_tune_llm.uncertainty.online import AdaptiveConformal
@@ -82,3 +83,13 @@ def test_a_state_with_broken_sums_is_refused(rows):
     for sums in (None, "x", {}, [1], [[[-1.0]]]):
         with pytest.raises(DataError): type(calibration_state(rows)).from_dict({**value, "sums": sums})
     with pytest.raises(DataError, match="broken: KeyError"): type(calibration_state(rows)).from_dict({k: v for k, v in value.items() if k != "sums"})
+
+
+@pytest.mark.parametrize("alpha", [0, 1, 10, 90, -0.1, float("nan"), None, "0.1"], ids=repr)
+def test_a_level_that_is_no_share_is_refused_when_it_is_written(alpha, rows):
+    "It used to be a ValueError or a TypeError of the arithmetic, after the rows were scored."
+    with pytest.raises(ConfigurationError, match="alpha must lie between 0 and 1, got"): ConformalClassifier(alpha=alpha)
+    fitted = ConformalClassifier(alpha=0.2).fit(rows)
+    if alpha is not None:
+        with pytest.raises(ConfigurationError, match="alpha must lie between 0 and 1, got"): fitted.predict(rows, alpha=alpha)
+    with pytest.raises(ConfigurationError, match="alpha must lie between 0 and 1, got"): cross_conformal([rows], [rows], alpha=alpha)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core.errors import ConfigurationError, DataError
 from .calibration import fresh_truth
+from .conformal import share_of_misses
 from .conformal_rank import marginal_rank, smallest_n
 from .p_values import tail_table
 from .predictions import Predictions
@@ -63,6 +64,7 @@ def cross_conformal(calibrations: Sequence[Predictions],  # for each fold, the r
                     seed: int = 0,  # of the coins
                    ) -> PredictionSets:
     "Give the sets that all folds together support (Vovk, 2015); raise DataError or ConfigurationError where they do not fit."
+    alpha = share_of_misses(alpha)
     check_folds(calibrations, tests)
     how = score or Score("lac")
     coins = [tuple(row_coins(p.ids, seed) if how.tossed else np.ones(len(p)) for p in pair) for pair in zip(calibrations, tests)]
