@@ -29,7 +29,7 @@ from ..uncertainty.calibration import save_json
 @dataclass(frozen=True)
 class Clause:
     "Link a part of a framework to what could show it."
-    framework: str
+    framework: str  # ACT, RMF, BANK or a name of your own
     part: str  # its number or name
     asks: str  # in our words
     shown_by: tuple[str, ...]  # requirements, "trail" or "signatures"; empty: no audit can show it
@@ -60,7 +60,7 @@ CLAUSES = (
 # %% ../../nbs/audit/278_card.ipynb #map
 def linked(name: str,  # a requirement, "trail" or "signatures"
            standings: Mapping[str, Standing],  # by requirement
-           events: Sequence[Mapping[str, Any]],
+           events: Sequence[Mapping[str, Any]],  # of the trail, the oldest first
           ) -> tuple[str, list[str]]:  # "linked", "waived", "open" or "missing"; what is linked
     "Find what shows one thing."
     if name == "trail": return "linked", [f"event {events[-1]['hash'][:12]}"]
@@ -71,11 +71,11 @@ def linked(name: str,  # a requirement, "trail" or "signatures"
     files = [f"{f} {h[:12]}" for f, h in (s.evidence or {}).get("files", {}).items()]
     return ("linked" if s.verdict == "pass" else "waived" if s.verdict == "waived" else "open" if s.evidence else "missing"), files
 
-def evidence_map(d: Dossier,
+def evidence_map(d: Dossier,  # whose evidence is linked
                  today: date | None = None,  # for which waivers are judged
-                 clauses: Sequence[Clause] = CLAUSES,
+                 clauses: Sequence[Clause] = CLAUSES,  # parts to link to, one row each
                 ) -> pd.DataFrame:  # framework, part, asks, state, shown by, evidence
-    "Link evidence to the parts of frameworks; no compliance is claimed."
+    "Link evidence to the parts of frameworks, claiming no compliance; raise ConfigurationError for an unknown requirement."
     events, now, rows = d.events, {s.requirement.name: s for s in d.standings(today)}, []
     if unknown := sorted({n for c in clauses for n in c.shown_by} - {*now, "trail", "signatures"}):
         raise ConfigurationError(f"no requirement {unknown[0]!r}", where="clauses", fix=f"use {', '.join(now)}, trail or signatures")
@@ -99,7 +99,8 @@ def cited_numbers(standings: Sequence[Standing]) -> pd.DataFrame:  # requirement
     return pd.DataFrame(rows, columns=["requirement", "number", "value", "low", "high", "n", "event"], dtype=object)
 
 # %% ../../nbs/audit/278_card.ipynb #card
-def spoken(events: Sequence[Mapping[str, Any]]) -> list[str]:  # Markdown list items
+def spoken(events: Sequence[Mapping[str, Any]],  # of the trail, the oldest first
+          ) -> list[str]:  # Markdown list items
     "Write down waivers, challenges and answers."
     word = {"audit_waiver": "waiver", "audit_challenge": "challenge", "audit_answer": "answer"}
     def line(e: Mapping[str, Any]) -> str:
@@ -107,7 +108,7 @@ def spoken(events: Sequence[Mapping[str, Any]]) -> list[str]:  # Markdown list i
         return f"- {word[e['event']]}{more} by {markdown_cell(e['by'])}: {markdown_cell(e.get('reason', e.get('text', '')))}"
     return [line(e) for e in events if e["event"] in word] or ["- none"]
 
-def model_card(d: Dossier,
+def model_card(d: Dossier,  # whose numbers are cited
                today: date | None = None,  # for which waivers are judged
               ) -> str:  # Markdown
     "Read a model card out of a dossier."
@@ -124,7 +125,7 @@ def model_card(d: Dossier,
     return "\n".join([*head, *(f"\n## {name}\n\n{text}" for name, text in parts.items())])
 
 # %% ../../nbs/audit/278_card.ipynb #trail-frame
-def trail_frame(events: Sequence[Mapping[str, Any]],
+def trail_frame(events: Sequence[Mapping[str, Any]],  # of the trail, the oldest first
                 most: int = 200,  # newest events to show
                ) -> pd.DataFrame:  # time (UTC), event, by, what, hash
     "Lay out the newest events of a trail."
@@ -137,16 +138,18 @@ def trail_frame(events: Sequence[Mapping[str, Any]],
     return pd.DataFrame(rows, columns=["time, UTC", "event", "by", "what", "hash"])
 
 # %% ../../nbs/audit/278_card.ipynb #dossier-page
-def state_words(found: Verification) -> tuple[str, str]:  # verdict for a chip, words
+def state_words(found: Verification,  # from `verify_dossier`
+               ) -> tuple[str, str]:  # verdict for a chip, words
     "Say how a dossier stands."
     if found.altered: return "fail", f"{len(found.altered)} things are altered: trust nothing below"
     return ("pass", "complete") if found.ok else ("not enough evidence", f"open in {len(found.open)} points")
 
-def cut_table(t: pd.DataFrame) -> str:  # an HTML table
+def cut_table(t: pd.DataFrame,  # numbers and text; texts are cut at 400 characters
+             ) -> str:  # an HTML table
     "Write a table with its long texts cut."
     return html_table(t.map(lambda v: cut(v, 400) if isinstance(v, str) else v))
 
-def dossier_page(d: Dossier,
+def dossier_page(d: Dossier,  # any dossier, sound or not
                  today: date | None = None,  # for which waivers are judged
                 ) -> str:  # a whole HTML document, without script
     "Write a dossier as one page that needs no network."
@@ -167,11 +170,11 @@ def dossier_page(d: Dossier,
     return page(f"Dossier: {cut(start['purpose'], 120)}", f'<style>{style}</style><h1>{title}</h1><div class="state">{"".join(lead)}</div>{body}')
 
 # %% ../../nbs/audit/278_card.ipynb #save-dossier
-def save_dossier(d: Dossier,
+def save_dossier(d: Dossier,  # any dossier, sound or not
                  path: str | Path,  # ends in .html, .md or .json
                  today: date | None = None,  # for which waivers are judged
                 ) -> None:
-    "Write the state of a dossier for people (.html), as a model card (.md), or for programs (.json)."
+    "Write a dossier for people (.html), as a model card (.md) or for programs (.json); raise ConfigurationError for any other suffix."
     path, day = Path(path), today or date.today()
     if path.suffix == ".json": return save_json(path, d.to_dict(day))
     if path.suffix not in (".html", ".md"):

@@ -28,8 +28,9 @@ from ..uncertainty.predictions import Predictions
 from ..uncertainty.risk import DecisionPolicy
 
 # %% ../../nbs/audit/280_comparison.ipynb #same
-def require_same_rows(systems: Mapping[str, Predictions]) -> Predictions:  # the first of them
-    "Refuse systems that did not answer the same rows."
+def require_same_rows(systems: Mapping[str, Predictions],  # name -> predictions of test rows
+                     ) -> Predictions:  # the first of them
+    "Refuse systems that did not answer the same rows with DataError, and fewer than two with ConfigurationError."
     if len(systems) < 2: raise ConfigurationError(f"{len(systems)} system is nothing to compare", where="systems", fix="give two or more, by name")
     (first, a), *rest = systems.items()
     y = a.require_y("a comparison")
@@ -41,7 +42,7 @@ def require_same_rows(systems: Mapping[str, Predictions]) -> Predictions:  # the
     return a
 
 # %% ../../nbs/audit/280_comparison.ipynb #moves
-def moves(m: Metric,
+def moves(m: Metric,  # a rate, a mean or a calibration error of all rows
           rows: np.ndarray,  # positions, shape [n]
          ) -> np.ndarray:  # how each row moves the estimate, up to a factor, shape [n]
     "Measure the influence of each row."
@@ -54,14 +55,14 @@ def moves(m: Metric,
 def related(a: Metric, b: Metric,  # of two systems
             rows: np.ndarray,  # positions, shape [n]
            ) -> float:  # correlation of both estimates, 0 to 0.99; negative ones count as 0
-    "Measure how far two estimates move together."
+    "Measure how far two estimates move together, as the correlation of their influences."
     x, y = moves(a, rows), moves(b, rows)
     x, y = x - x.mean(), y - y.mean()
     size = np.sqrt((x @ x) * (y @ y))
     return float(np.clip(x @ y / size, 0, 0.99)) if size > 0 else 0.0
 
 # %% ../../nbs/audit/280_comparison.ipynb #own
-def both_ends(m: Metric,
+def both_ends(m: Metric,  # of one system
               rows: np.ndarray,  # positions, shape [n]
               level: float,  # confidence of the intervals
              ) -> tuple[Ends, Ends, int]:  # to show, to compare, denominator
@@ -75,7 +76,7 @@ def joined_gap(a: Metric, b: Metric,  # of two systems
                rows: np.ndarray,  # positions, shape [n]
                level: float,  # confidence of the interval
               ) -> Estimate:  # second minus first
-    "Join the intervals of two systems, less what they have in common."
+    "Join the intervals of two systems, less what they have in common (squared arms: Zou and Donner, 2008)."
     (_, x, n), (_, y, m) = both_ends(a, rows, level), both_ends(b, rows, level)
     e, least = gap_of(y, x, related(a, b, rows)), min(n, m)
     if least < 10: return Estimate(float(e.value[0]), -np.inf, np.inf, least, "gap", "cannot be bounded", level)
@@ -97,7 +98,7 @@ def metric_gap(a: Metric, b: Metric,  # of two systems
 UP, DOWN = ("accuracy", "coverage", "TPR", "PPV"), ("error rate", "NLL", "Brier", "ECE", "FPR", "FNR", "FOR", "expected cost", "selective risk",
                                                     "set size", "abstention")
 
-def better_or_worse(metric: str,
+def better_or_worse(metric: str,  # its name: UP and DOWN say which direction is good
                     judged: Estimate,  # second minus first, at the level at which all hold together
                    ) -> str:  # "better", "worse", "differs" or "not shown"
     "Say whether the second system is better."
@@ -109,15 +110,18 @@ def better_or_worse(metric: str,
 @dataclass(frozen=True)
 class ComparisonRow:
     "Hold one metric of one system in one group, and its difference to the baseline."
-    metric: str
+    metric: str  # its name
     group: str  # "(all)", or column = group
-    system: str
+    system: str  # its name
     own: Estimate  # of this system
     gap: Estimate | None = None  # this system minus the baseline; None for the baseline
     p: float = float("nan")  # exact McNemar, where the rows are pairs of yes and no
     verdict: str = ""  # "better", "worse", "differs" or "not shown"; "" for the baseline
 
-def own_estimate(m: Metric, rows: np.ndarray, level: float) -> Estimate:
+def own_estimate(m: Metric,  # of the system
+                 rows: np.ndarray,  # positions among which it is estimated, shape [n]
+                 level: float,  # confidence of the interval
+                ) -> Estimate:
     "Estimate a metric of one system."
     e, _, n = both_ends(m, rows, level)
     return Estimate(float(e.value[0]), float(e.low[0]), float(e.high[0]), n, m.name, level=level)
@@ -126,7 +130,7 @@ def own_estimate(m: Metric, rows: np.ndarray, level: float) -> Estimate:
 @dataclass(frozen=True)
 class Comparison:
     "Hold several systems side by side."
-    rows: tuple[ComparisonRow, ...]
+    rows: tuple[ComparisonRow, ...]  # metric by metric, group by group, the baseline first
     baseline: str  # the system that the others are compared with
     comparisons: int  # differences that are judged together
     level: float  # confidence of the intervals shown
@@ -134,11 +138,16 @@ class Comparison:
     def to_frame(self) -> pd.DataFrame:
         "Lay out metric, group, system, estimate, low, high, n, gap, gap_low, gap_high, p, verdict."
         return comparison_frame(self.rows)
-    def to_markdown(self) -> str: return markdown_table(self.to_frame())
-    def to_csv(self) -> str: return csv_text(self.to_frame())
+    def to_markdown(self) -> str:
+        "Write the comparison as a Markdown table in which text is only text."
+        return markdown_table(self.to_frame())
+    def to_csv(self) -> str:
+        "Write the comparison as CSV that a spreadsheet cannot run."
+        return csv_text(self.to_frame())
 
     @property
     def title(self) -> str:
+        "Count the verdicts in one sentence."
         counts = {v: sum(r.verdict == v for r in self.rows) for v in ("better", "worse", "differs", "not shown")}
         found = ", ".join(f"{n} {v}" for v, n in counts.items() if n)
         return f"Against {visible(self.baseline)}, of {self.comparisons} differences: {found}"
@@ -148,7 +157,8 @@ class Comparison:
         return styled(f"<b>{escape(self.title)}</b><p>{note}</p>{html_table(self.to_frame())}")
 
 # %% ../../nbs/audit/280_comparison.ipynb #frame
-def comparison_frame(rows: Sequence[ComparisonRow]) -> pd.DataFrame:
+def comparison_frame(rows: Sequence[ComparisonRow],  # in the order to show
+                    ) -> pd.DataFrame:  # NaN where a row has no gap or no p-value
     "Lay out a comparison."
     def spread(e: Estimate | None, names: Sequence[str]) -> dict[str, float]:
         return dict(zip(names, (e.value, e.low, e.high) if e else (np.nan,) * 3))
@@ -156,17 +166,19 @@ def comparison_frame(rows: Sequence[ComparisonRow]) -> pd.DataFrame:
                           **spread(r.gap, ("gap", "gap_low", "gap_high")), "p": r.p, "verdict": r.verdict} for r in rows])
 
 # %% ../../nbs/audit/280_comparison.ipynb #metrics
-def system_metrics(preds: Predictions,
-                   sets: ConformalClassifier | PredictionSets | None,
-                   policy: DecisionPolicy | None,
-                  ) -> list[Metric]:
-    "Collect the metrics of one system."
+def system_metrics(preds: Predictions,  # its answers to the test rows
+                   sets: ConformalClassifier | PredictionSets | None,  # fitted, or of these rows; None: no sets
+                   policy: DecisionPolicy | None,  # fitted; None: no policy
+                  ) -> list[Metric]:  # those of `standard_metrics`
+    "Collect the metrics of one system; raise DataError for prediction sets of other rows."
     found = sets.predict(preds) if isinstance(sets, ConformalClassifier) else sets
     if found is not None and not np.array_equal(found.ids, preds.ids): raise DataError("prediction sets of other rows", where="sets", fix="predict the same rows")
     return standard_metrics(preds, found, None if policy is None else policy.decide(preds))
 
-def places(first: Predictions, groups: By) -> dict[str, np.ndarray]:  # "(all)", then "column = group" -> positions
-    "Find the rows of each group."
+def places(first: Predictions,  # of any system, as all have the same rows
+           groups: By,  # columns; a tuple is crossed; empty: all rows alone
+          ) -> dict[str, np.ndarray]:  # "(all)", then "column = group" -> positions
+    "Find the rows of each group; raise DataError where there are no group columns."
     if groups and first.groups is None: raise DataError("the predictions have no group columns", fix="give groups= to Predictions")
     found: list[Grouping] = groupings(first.groups, groups) if groups else []
     return {"(all)": np.arange(len(first)), **{f"{g.column} = {name}": np.flatnonzero(g.codes == i) for g in found for i, name in enumerate(g.groups)}}
@@ -180,7 +192,7 @@ def compare(systems: Mapping[str, Predictions],  # name -> predictions of the sa
             metrics: Sequence[str] | None = None,  # by name; None: all that every system has
             level: float = 0.95,  # confidence of the intervals shown
            ) -> Comparison:
-    "Put every number of several systems side by side, with paired intervals."
+    "Put every number of several systems side by side, with paired intervals; raise ConfigurationError or DataError where they do not fit."
     first, base = require_same_rows(systems), baseline or next(iter(systems))
     for what in ({base: 0}, sets or {}, policies or {}):
         if unknown := [k for k in what if k not in systems]: raise ConfigurationError(f"no system {unknown[0]!r}", fix=f"use {', '.join(systems)}")

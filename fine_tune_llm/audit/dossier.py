@@ -42,16 +42,18 @@ from ..uncertainty.risk import DecisionPolicy
 # %% ../../nbs/audit/274_dossier.ipynb #words
 VERDICTS = ("pass", "fail", "not enough evidence")
 
-def require_words(text: str,
+def require_words(text: str,  # what a person wrote
                   what: str,  # "a reason", for the message
                   least: int = 3,  # words
-                 ) -> str:
-    "Refuse an empty form."
+                 ) -> str:  # the same text
+    "Refuse an empty form with ConfigurationError."
     if len([w for w in str(text).split() if any(c.isalpha() for c in w)]) < least:
         raise ConfigurationError(f"{what} needs at least {least} word{'s' * (least > 1)}, got {str(text)[:40]!r}", fix="say it in a sentence" if least > 1 else "give a name")
     return str(text)
 
-def same_person(a: str, b: str) -> bool:
+def same_person(a: str,  # a name
+                b: str,  # another; case, outer blanks and forms of a letter do not count
+               ) -> bool:
     "Compare names as a person would."
     return folded_name(a) == folded_name(b)
 
@@ -83,7 +85,10 @@ def recomputed(folder: Path,  # of the dossier
                  DecisionPolicy.load(at["policy"]) if "policy" in at else None, groups=by,
                  before=Predictions.load(at["before"]) if "before" in at else None, **given)
 
-def report_problems(folder: Path, done: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> list[str]:
+def report_problems(folder: Path,  # of the dossier
+                    done: Mapping[str, Any],  # event `audit_recorded`
+                    events: Sequence[Mapping[str, Any]],  # of the trail, the oldest first
+                   ) -> list[str]:  # one sentence for each; empty if nothing is wrong
     "Compare a stored report with its predictions, and the evidence with the report."
     name, sources = done["parts"]["report"], {f: done["files"][f] for kind, f in done["parts"].items() if kind != "report"}
     if wrong := changed_files(folder, sources): return [f"{name}: cannot be recomputed: {wrong[0]}"]
@@ -97,25 +102,30 @@ def report_problems(folder: Path, done: Mapping[str, Any], events: Sequence[Mapp
     return out
 
 # %% ../../nbs/audit/274_dossier.ipynb #unanswered
-def opened(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    "Find the event that opened the dossier."
+def opened(events: Sequence[Mapping[str, Any]],  # of the trail, the oldest first
+          ) -> Mapping[str, Any]:  # with purpose, owner and requirements
+    "Find the event that opened the dossier; raise AuditError where there is none."
     first = next((e for e in events if e["event"] == "audit_opened"), None)
     if first is None: raise AuditError("no dossier was opened here", fix="use Dossier.create")
     return first
 
-def open_challenges(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def open_challenges(events: Sequence[Mapping[str, Any]],  # of the trail, the oldest first
+                   ) -> list[Mapping[str, Any]]:  # their events, the oldest first
     "List the challenges that nobody has answered."
     answered = {e["to"] for e in events if e["event"] == "audit_answer"}
     return [e for e in events if e["event"] == "audit_challenge" and e["hash"] not in answered]
 
-def signatures(events: Sequence[Mapping[str, Any]]) -> dict[str, str]:  # role -> name
+def signatures(events: Sequence[Mapping[str, Any]],  # of the trail, the oldest first
+              ) -> dict[str, str]:  # role -> name
     "Find the signatures that still hold."
     last = max((i for i, e in enumerate(events) if e["event"] in ("audit_evidence", "audit_waiver", "audit_recorded")), default=-1)
     return {e["role"]: e["by"] for e in events[last + 1:] if e["event"] == "audit_signed"}
 
 # %% ../../nbs/audit/274_dossier.ipynb #may-sign
-def role_of(by: str, events: Sequence[Mapping[str, Any]]) -> str:  # "owner" or "reviewer"
-    "Decide as what a person may sign, or say why not."
+def role_of(by: str,  # name of who wants to sign
+            events: Sequence[Mapping[str, Any]],  # of the trail, the oldest first
+           ) -> str:  # "owner" or "reviewer"
+    "Decide as what a person may sign, or raise AuditError that says why not."
     require_words(by, "a signature", 1)
     if left := open_challenges(events):
         raise AuditError(f"a challenge of {left[0]['by']} has no answer", where=left[0]["text"][:60], fix="use answer")
@@ -136,7 +146,9 @@ class Verification:
     day: date  # for which waivers were judged
 
     @property
-    def ok(self) -> bool: return not self.altered and not self.open
+    def ok(self) -> bool:
+        "Say whether nothing is altered and nothing is missing."
+        return not self.altered and not self.open
 
     def __str__(self) -> str:
         state = "ALTERED" if self.altered else "OPEN" if self.open else "COMPLETE"
@@ -144,14 +156,16 @@ class Verification:
         return "\n".join(map(visible, lines))
 
 # %% ../../nbs/audit/274_dossier.ipynb #open
-def open_points(events: Sequence[Mapping[str, Any]], standings: Sequence[Standing]) -> list[str]:
+def open_points(events: Sequence[Mapping[str, Any]],  # of the trail, the oldest first
+                standings: Sequence[Standing],  # of every requirement, on the day of the check
+               ) -> list[str]:  # one sentence for each; empty if it may be released
     "List what is missing for a release."
     out = [f"{s.requirement.name}: {s.verdict}, {s.why}" for s in standings if not s.settled]
     out += [f"challenge of {e['by']} without an answer: {e['text'][:60]}" for e in open_challenges(events)]
     return out + [f"no signature of the {role} holds" for role in ("owner", "reviewer") if role not in signatures(events)]
 
 # %% ../../nbs/audit/274_dossier.ipynb #verify
-def verify_dossier(folder: Path,
+def verify_dossier(folder: Path,  # of the dossier
                    today: date,  # for which waivers are judged
                    head: str = "",  # a hash that must occur in the trail, kept elsewhere
                   ) -> Verification:
@@ -180,37 +194,67 @@ class Dossier:
                owner: str,  # who answers for it
                harm: Mapping[str, float] | None = None,  # requirement -> weight, where it is not the default
               ) -> "Dossier":
-        "Open a dossier."
+        "Open a dossier; raise AuditError where there is one, or a bundle, and ConfigurationError for an empty form."
         return cls(open_dossier(Path(path), purpose, owner, weighed(harm or {})))
 
     @classmethod
-    def attach(cls, path: str | Path) -> "Dossier":
-        "Take up a dossier in any process."
+    def attach(cls, path: str | Path) -> "Dossier":  # the folder of a dossier
+        "Take up a dossier in any process; raise AuditError where none was opened."
         opened(sound_events(Run.attach(path).path / "events.jsonl")[0])
         return cls(Run.attach(path))
 
     @property
-    def events(self) -> list[dict[str, Any]]: return [e for e in sound_events(self.run.path / "events.jsonl")[0] if e["event"].startswith("audit_")]
-    def standings(self, today: date | None = None) -> list[Standing]:
+    def events(self) -> list[dict[str, Any]]:
+        "Give the events of the audit that can be trusted, the oldest first."
+        return [e for e in sound_events(self.run.path / "events.jsonl")[0] if e["event"].startswith("audit_")]
+    def standings(self, today: date | None = None) -> list[Standing]:  # None: waivers are judged for today
+        "Work out where each requirement stands."
         return [standing(Requirement(**r), self.events, today or date.today()) for r in opened(self.events)["requirements"]]
 
-    def audit(self, preds: Predictions, sets: ConformalClassifier | None = None, policy: DecisionPolicy | None = None, *,
-              by: str, before: Predictions | None = None, **arguments: Any) -> AuditReport:
+    def audit(self, preds: Predictions,  # test rows with their true labels; stored without texts
+              sets: ConformalClassifier | None = None,  # fitted, so that its sets can be predicted again
+              policy: DecisionPolicy | None = None, *,  # fitted
+              by: str,  # who runs it
+              before: Predictions | None = None,  # the same rows before calibration
+              **arguments: Any,  # others of `audit`, by name: groups=, tolerance=, metrics=
+             ) -> AuditReport:
+        "Audit, store what the audit rests on, and state what it shows; the errors are those of `audit`."
         return record_audit(self, preds, sets, policy, before, by, arguments)
-    def add(self, requirement: str, verdict: str, finding: str, by: str, files: Sequence[str] = (), **numbers: Any) -> None:
+    def add(self, requirement: str, verdict: str,  # one of the list; "pass", "fail" or "not enough evidence"
+            finding: str, by: str,  # three words or more; who states it
+            files: Sequence[str] = (),  # paths in the folder that show it; a pass needs one
+            **numbers: Any,  # name -> number, or value, low, high and n
+           ) -> None:
+        "Write evidence into the trail; raise ConfigurationError for a form that is not filled in, AuditError for a bare pass."
         add_evidence(self, requirement, verdict, finding, by, files, numbers)
-    def waive(self, requirement: str, reason: str, expires: date | str, by: str) -> None: add_waiver(self, requirement, reason, expires, by)
-    def challenge(self, text: str, by: str) -> None: self.run.log("audit_challenge", text=require_words(text, "a challenge"), by=require_words(by, "a challenge", 1))
-    def answer(self, text: str, by: str) -> None: answer_challenge(self, text, by)
-    def sign(self, by: str, today: date | None = None) -> str: return sign_dossier(self, by, today or date.today())
-    def verify(self, today: date | None = None, head: str = "") -> Verification: return verify_dossier(self.run.path, today or date.today(), head)
-    def to_dict(self, today: date | None = None) -> dict[str, Any]: return dossier_dict(self, today or date.today())
+    def waive(self, requirement: str, reason: str, expires: date | str, by: str) -> None:  # last day, 2026-12-31; who takes it on
+        "Let a requirement wait, with a reason; raise ConfigurationError for a form that is not filled in."
+        add_waiver(self, requirement, reason, expires, by)
+    def challenge(self, text: str, by: str) -> None:  # a doubt, three words or more; who has it
+        "Write down a doubt that somebody else must answer; raise ConfigurationError where it is empty."
+        self.run.log("audit_challenge", text=require_words(text, "a challenge"), by=require_words(by, "a challenge", 1))
+    def answer(self, text: str, by: str) -> None:  # three words or more; who answers
+        "Answer the oldest open challenge; raise AuditError where there is none, or where it is the own one."
+        answer_challenge(self, text, by)
+    def sign(self, by: str, today: date | None = None) -> str:  # the head: hash of the signature; keep it elsewhere
+        "Sign as owner or reviewer; raise AuditError where something is altered, open or unanswered."
+        return sign_dossier(self, by, today or date.today())
+    def verify(self, today: date | None = None, head: str = "") -> Verification:  # of a day; with a hash that was kept elsewhere
+        "Check trail, files and numbers, and name whatever differs or is missing."
+        return verify_dossier(self.run.path, today or date.today(), head)
+    def to_dict(self, today: date | None = None) -> dict[str, Any]:  # None: waivers are judged for today
+        "Give everything as plain values for JSON."
+        return dossier_dict(self, today or date.today())
     def __repr__(self) -> str: return f"Dossier({sum(s.settled for s in self.standings())} of {len(self.standings())} requirements settled)"
     def _repr_html_(self) -> str: return dossier_html(self, date.today())
 
 # %% ../../nbs/audit/274_dossier.ipynb #create
-def open_dossier(path: Path, purpose: str, owner: str, requirements: Sequence[Requirement]) -> Run:
-    "Write the first event of a dossier."
+def open_dossier(path: Path,  # a run folder, or any folder that is no bundle; made if absent
+                 purpose: str,  # what the system decides, about whom; three words or more
+                 owner: str,  # name of who answers for it
+                 requirements: Sequence[Requirement],  # with their weights, from `weighed`
+                ) -> Run:  # the folder with its chain of events
+    "Write the first event of a dossier; raise AuditError in a bundle, or where one was opened before."
     require_words(purpose, "a purpose"), require_words(owner, "an owner", 1)
     if (path / "manifest.json").is_file() and (path / "bundle.json").is_file():
         raise AuditError("a bundle is sealed", where=str(path), fix="open the dossier in the folder above it")
@@ -222,40 +266,62 @@ def open_dossier(path: Path, purpose: str, owner: str, requirements: Sequence[Re
     return run
 
 # %% ../../nbs/audit/274_dossier.ipynb #add
-def require_requirement(d: Dossier, name: str) -> str:
-    "Refuse a requirement that is not on the list."
+def require_requirement(d: Dossier,  # whose list is meant
+                        name: str,  # of a requirement
+                       ) -> str:  # the same name
+    "Refuse a requirement that is not on the list with ConfigurationError."
     names = [r["name"] for r in opened(d.events)["requirements"]]
     if name not in names: raise ConfigurationError(f"no requirement {name!r}", where="requirement", fix=f"use {', '.join(names)}")
     return name
 
-def add_evidence(d: Dossier, requirement: str, verdict: str, finding: str, by: str, files: Sequence[str], numbers: Mapping[str, Any],
+def add_evidence(d: Dossier,  # where to write
+                 requirement: str,  # name of one on the list
+                 verdict: str,  # one of VERDICTS
+                 finding: str,  # what was found, three words or more
+                 by: str,  # who states it
+                 files: Sequence[str],  # paths in the folder, hashed here; a pass needs one
+                 numbers: Mapping[str, Any],  # name -> number, or value, low, high and n
                  recorded: str = "",  # hash of the event of the audit that shows it
                 ) -> None:
-    "Write evidence into the trail."
+    "Write evidence into the trail; raise ConfigurationError for an unknown word, AuditError for a pass without a file."
     if verdict not in VERDICTS: raise ConfigurationError(f"no verdict {verdict!r}", where="verdict", fix=f"use one of {', '.join(VERDICTS)}")
     if verdict == "pass" and not files: raise AuditError("a pass rests on no file", where=requirement, fix="cite the file that shows it")
     d.run.log("audit_evidence", requirement=require_requirement(d, requirement), verdict=verdict, finding=require_words(finding, "a finding"),
               by=require_words(by, "evidence", 1), numbers=dict(numbers), files={f: file_hash(d.run.path, f) for f in files}, recorded=recorded)
 
 # %% ../../nbs/audit/274_dossier.ipynb #waive
-def add_waiver(d: Dossier, requirement: str, reason: str, expires: date | str, by: str) -> None:
-    "Let a requirement wait, with a reason and a last day."
+def add_waiver(d: Dossier,  # where to write
+               requirement: str,  # name of one on the list
+               reason: str,  # why it may wait, three words or more
+               expires: date | str,  # last day on which it holds, 2026-12-31
+               by: str,  # who takes it on
+              ) -> None:
+    "Let a requirement wait, with a reason and a last day; raise ConfigurationError where either is none."
     try: last = expires if isinstance(expires, date) else date.fromisoformat(expires)
-    except ValueError: raise ConfigurationError(f"{expires!r} is no day", where="expires", fix="write 2026-12-31") from None
+    except (TypeError, ValueError): raise ConfigurationError(f"{expires!r} is no day", where="expires", fix="write 2026-12-31") from None
     d.run.log("audit_waiver", requirement=require_requirement(d, requirement), reason=require_words(reason, "a reason"),
               expires=last.strftime("%Y-%m-%d"), by=require_words(by, "a waiver", 1))
 
-def answer_challenge(d: Dossier, text: str, by: str) -> None:
-    "Answer the oldest challenge that is open."
+def answer_challenge(d: Dossier,  # where to write
+                     text: str,  # the answer, three words or more
+                     by: str,  # who answers; not the challenger
+                    ) -> None:
+    "Answer the oldest open challenge; raise AuditError where there is none, or for the challenger's own answer."
     left = open_challenges(d.events)
     if not left: raise AuditError("no challenge is open", fix="answer after challenge")
     if same_person(left[0]["by"], by): raise AuditError(f"{by} cannot answer the own challenge", where=left[0]["text"][:60], fix="let somebody else answer")
     d.run.log("audit_answer", to=left[0]["hash"], text=require_words(text, "an answer"), by=require_words(by, "an answer", 1))
 
 # %% ../../nbs/audit/274_dossier.ipynb #record
-def record_audit(d: Dossier, preds: Predictions, sets: ConformalClassifier | None, policy: DecisionPolicy | None,
-                 before: Predictions | None, by: str, arguments: Mapping[str, Any]) -> AuditReport:
-    "Audit, store what the audit rests on, and state what it shows."
+def record_audit(d: Dossier,  # where to store
+                 preds: Predictions,  # test rows with their true labels; stored without texts
+                 sets: ConformalClassifier | None,  # fitted, so that its sets can be predicted again
+                 policy: DecisionPolicy | None,  # fitted
+                 before: Predictions | None,  # the same rows before calibration
+                 by: str,  # who runs it
+                 arguments: Mapping[str, Any],  # others of `audit`, by name
+                ) -> AuditReport:
+    "Audit, store what the audit rests on, and state what it shows; raise ConfigurationError for sets that cannot be predicted again."
     if sets is not None and not hasattr(sets, "save"):
         raise ConfigurationError("prediction sets cannot be recomputed", where="sets", fix="pass the fitted ConformalClassifier")
     require_words(by, "evidence", 1)
@@ -275,8 +341,11 @@ def record_audit(d: Dossier, preds: Predictions, sets: ConformalClassifier | Non
     return report
 
 # %% ../../nbs/audit/274_dossier.ipynb #sign
-def sign_dossier(d: Dossier, by: str, today: date) -> str:  # the head: hash of the signature; keep it elsewhere
-    "Sign, if nothing is altered and no requirement is open."
+def sign_dossier(d: Dossier,  # what is signed
+                 by: str,  # the owner, or a reviewer who has challenged
+                 today: date,  # for which waivers are judged
+                ) -> str:  # the head: hash of the signature; keep it elsewhere
+    "Sign; raise AuditError where something is altered, a requirement is open, or the person may not."
     found = d.verify(today)
     if found.altered: raise AuditError(f"{len(found.altered)} things are altered", where=found.altered[0], fix="restore them, or audit again")
     if left := [s for s in d.standings(today) if not s.settled]:
@@ -291,14 +360,18 @@ def standing_frame(standings: Sequence[Standing]) -> pd.DataFrame:  # requiremen
     return pd.DataFrame([{"requirement": s.requirement.name, "harm": f"{s.requirement.harm:g}", "verdict": s.verdict, "why": s.why, "evidence": files(s)}
                          for s in standings])
 
-def dossier_dict(d: Dossier, today: date) -> dict[str, Any]:
+def dossier_dict(d: Dossier,  # any dossier, sound or not
+                 today: date,  # for which waivers are judged
+                ) -> dict[str, Any]:
     "Give everything as plain values for JSON."
     found, now = d.verify(today), d.standings(today)
     return {"kind": "dossier", "version": 1, "day": today.isoformat(), "ok": found.ok, "head": found.head, "altered": list(found.altered),
             "open": list(found.open), "risk_score": risk_score(now), "signed": signatures(d.events), "events": d.events,
             "requirements": plain([{**asdict(s.requirement), "verdict": s.verdict, "why": s.why} for s in now])}
 
-def dossier_html(d: Dossier, today: date) -> str:
+def dossier_html(d: Dossier,  # any dossier, sound or not
+                 today: date,  # for which waivers are judged
+                ) -> str:  # a table below a line of state, for a notebook
     "Draw the state of a dossier."
     now, start = d.standings(today), opened(d.events)
     found = d.verify(today)

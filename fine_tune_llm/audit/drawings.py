@@ -28,7 +28,8 @@ def points(e: Estimate | None) -> str:  # in hundredths, with sign; a dash when 
     "Write a gap in points with its interval."
     return ci(100 * e.value, 100 * e.low, 100 * e.high, 1, True) if e else "\u2013"
 
-def whole(words: str) -> str:
+def whole(words: str,  # a title with intervals in square brackets
+         ) -> str:  # the same, with blanks in brackets that do not break
     "Keep each interval of a title on one line."
     return re.sub(r" ?\[[^\]]*\]", lambda m: m[0].replace(" ", "\u00a0"), words)
 
@@ -38,15 +39,15 @@ def decimals(span: float,  # length of an axis
     "Choose how many decimals the ticks of an axis need."
     return 2 if round(100 * tick_step(span, n), 6).is_integer() else 3
 
-def cut(name: str,
+def cut(name: str,  # from the data: of any length, with any characters
         most: int = 22,  # characters
-       ) -> str:
+       ) -> str:  # with an ellipsis where it was cut
     "Shorten a name for display, and spell out what is invisible in it."
     name = visible(name)
     return name if len(name) <= most else name[:most - 1] + "\u2026"
 
 # %% ../../nbs/audit/230_drawings.ipynb #reliability-plot
-def reliability_plot(r: Reliability,
+def reliability_plot(r: Reliability,  # bins of one set of scores, from `mass_bins`
                      low: float,  # left and lower end of the axes
                     ) -> str:  # two SVGs, stacked
     "Draw accuracy against confidence over a histogram."
@@ -67,7 +68,8 @@ def reliability_plot(r: Reliability,
     return f'<div class="cell">{q.svg()}{g.xaxis("confidence", n=6).svg()}</div>'
 
 # %% ../../nbs/audit/230_drawings.ipynb #ece-plot
-def ece_plot(parts: Sequence[Reliability]) -> Plot:
+def ece_plot(parts: Sequence[Reliability],  # before and after, or one alone
+            ) -> Plot:
     "Draw each ECE against its null."
     top = ceil(20 * max(max(r.ece.high, r.ece.null or 0) for r in parts) + 1e-9) / 20
     s = Plot("ECE against its null", "; ".join(f"{r.name}: {told(r.ece)}, null {num(r.ece.null or 0)}" for r in parts),
@@ -164,7 +166,8 @@ def sets_figure(rows: Sequence[Coverage],  # all rows first, then groups
                   table(("group", "n", "coverage [95 %]", "law, 95 %"), data))
 
 # %% ../../nbs/audit/230_drawings.ipynb #risk-plot
-def risk_plot(d: Decided) -> Plot:
+def risk_plot(d: Decided,  # what the policy did on the test rows
+             ) -> Plot:
     "Draw the risk-coverage curve, the limit and where the policy stands."
     risks = [r for _, r in d.curve] + [d.limit or 0, d.risk.high if d.risk else 0]
     top = max(0.05, ceil(20 * max(risks) + 1e-9) / 20)
@@ -199,13 +202,14 @@ def cost_plot(cost: Estimate,  # of a row, with the option to abstain
     return s.xaxis("mean cost", decimals(top))
 
 # %% ../../nbs/audit/230_drawings.ipynb #risk-figure
-def saving(saved: Estimate) -> str:
+def saving(saved: Estimate,  # cost per row of answering all, less that of the policy
+          ) -> str:  # a phrase that goes on after "and"
     "Say what abstaining saves."
     if saved.low > 0: return f"saves {told(saved, 2)} per row"
     if saved.high < 0: return f"loses {ci(-saved.value, -saved.high, -saved.low, 2)} per row"
     return f"saves nothing for certain, {told(saved, 2)} per row"
 
-def risk_figure(d: Decided,
+def risk_figure(d: Decided,  # what the policy did on the test rows
                 note: str = "",  # costs and certificate, in words
                ) -> str:  # an HTML figure
     "Draw risk and cost of a decision policy."
@@ -220,19 +224,20 @@ def risk_figure(d: Decided,
                   table(("coverage", "risk"), [(num(c), num(r)) for c, r in d.curve[::5]]))
 
 # %% ../../nbs/audit/230_drawings.ipynb #gap-units
-def gap_words(r: GroupRow) -> str:
+def gap_words(r: GroupRow,  # one comparison
+             ) -> str:  # points, with sign; of a mean two decimals in its unit; a dash if unknown
     "Write a gap in points, or a gap of means in its own unit."
     if r.hits is not None or not r.gap: return points(r.gap)
     return ci(r.gap.value, r.gap.low, r.gap.high, 2, True)
 
-def drawn_at(r: GroupRow,
+def drawn_at(r: GroupRow,  # of a rate, which stays as it is, or of a mean
              tolerance: float,  # half width of the grey band, a share
             ) -> float:  # what to multiply a gap with
     "Scale the gap of a mean so that its tolerance is the grey band."
     return 1.0 if r.hits is not None else tolerance / r.tolerance
 
 # %% ../../nbs/audit/230_drawings.ipynb #gap-plot
-def gap_plot(r: GroupRow,
+def gap_plot(r: GroupRow,  # one comparison; without a gap only the band is drawn
              tolerance: float,  # half width of the grey band where a mean is drawn, a share
              span: float,  # half width of the axis, a share
             ) -> Plot:
@@ -260,7 +265,7 @@ def gap_axis(tolerance: float,  # half width of the grey band, a share
     return p
 
 # %% ../../nbs/audit/230_drawings.ipynb #gap-line
-def gap_line(r: GroupRow,
+def gap_line(r: GroupRow,  # one comparison
              tolerance: float,  # half width of the grey band, a share
              span: float,  # half width of the axis, a share
             ) -> str:  # one row of an HTML table
@@ -271,7 +276,8 @@ def gap_line(r: GroupRow,
             f'<td>{gap_words(r)}</td><td>{chip(r.verdict)}</td></tr>')
 
 # %% ../../nbs/audit/230_drawings.ipynb #gaps-title
-def gaps_title(rows: Sequence[GroupRow]) -> str:
+def gaps_title(rows: Sequence[GroupRow],  # all comparisons of the table
+              ) -> str:
     "State what the group table shows."
     failed = [r for r in rows if r.verdict == "fail" and r.gap]
     unknown, m = sum(r.verdict == "not enough evidence" for r in rows), len(rows)

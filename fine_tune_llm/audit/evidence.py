@@ -39,9 +39,9 @@ REQUIREMENTS = (
 
 # %% ../../nbs/audit/270_evidence.ipynb #weights
 def weighed(harm: Mapping[str, float],  # requirement -> weight, more than 0
-            requirements: Sequence[Requirement] = REQUIREMENTS,
-           ) -> tuple[Requirement, ...]:
-    "Set harm weights."
+            requirements: Sequence[Requirement] = REQUIREMENTS,  # the list to weigh
+           ) -> tuple[Requirement, ...]:  # the same questions in the same order, with their weights
+    "Set harm weights; raise ConfigurationError for an unknown requirement or a weight that is not positive."
     if unknown := sorted(set(harm) - {r.name for r in requirements}):
         raise ConfigurationError(f"no requirement {unknown[0]!r}", where="harm", fix=f"use {', '.join(r.name for r in requirements)}")
     if low := [name for name, w in harm.items() if not 0 < w < float("inf")]:
@@ -52,7 +52,7 @@ def weighed(harm: Mapping[str, float],  # requirement -> weight, more than 0
 def file_hash(folder: Path,  # of the audit
               name: str,  # relative path of a file in it
              ) -> str:  # 64 hexadecimal digits
-    "Hash an artefact."
+    "Hash an artefact by SHA-256; raise AuditError where it is missing."
     path = inside(folder, name)
     if not path.is_file(): raise AuditError(f"no file {name!r}", where=str(folder), fix="save the artefact before you cite it")
     found = sha256()
@@ -110,18 +110,20 @@ def evidence_of(report: Mapping[str, Any],  # of `AuditReport.to_dict`
 @dataclass(frozen=True)
 class Standing:
     "Say where a requirement stands on a day."
-    requirement: Requirement
+    requirement: Requirement  # the question
     verdict: str  # "pass", "fail", "not enough evidence" or "waived"
     why: str  # one sentence
     evidence: Mapping[str, Any] | None  # the last event that states evidence
     waiver: Mapping[str, Any] | None  # the waiver of that evidence, expired or not
 
     @property
-    def settled(self) -> bool: return self.verdict in ("pass", "waived")
+    def settled(self) -> bool:
+        "Say whether nothing more is to be done: it passes, or a waiver holds."
+        return self.verdict in ("pass", "waived")
 
-def standing(r: Requirement,
+def standing(r: Requirement,  # one question of the dossier
              events: Sequence[Mapping[str, Any]],  # of the trail, the oldest first
-             today: date,
+             today: date,  # day for which a waiver is judged
             ) -> Standing:
     "Work out where a requirement stands."
     own = [e for e in events if e.get("requirement") == r.name and e["event"] in ("audit_evidence", "audit_waiver")]

@@ -15,7 +15,8 @@ import pandas as pd
 # %% ../../nbs/audit/208_exports.ipynb #visible
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
-def visible(text: object) -> str:
+def visible(text: object,  # of whatever kind; `str` is applied first
+           ) -> str:  # the same, with \uXXXX in place of what cannot be seen
     "Spell out characters that are invisible, that reorder others, or that cannot be written."
     return UNSEEN.sub(lambda m: f"\\u{ord(m[0]):04x}", str(text))
 
@@ -26,19 +27,22 @@ def csv_cell(value: object) -> object:  # numbers unchanged, text inert
     text = visible(value)
     return "'" + text if re.match(r"[\s'\"]*[=+\-@\t\r|%]", text) else text
 
-def csv_text(frame: pd.DataFrame) -> str:
+def csv_text(frame: pd.DataFrame,  # numbers and text; its index is left out
+            ) -> str:  # a header and a line per row, each ended by "\n"
     "Write a table as CSV that a spreadsheet cannot run."
     safe = pd.DataFrame({i: [csv_cell(v) for v in frame.iloc[:, i].tolist()] for i in range(frame.shape[1])}, index=frame.index)
     return safe.to_csv(index=False, header=[str(csv_cell(str(c))) for c in frame.columns], lineterminator="\n")
 
 # %% ../../nbs/audit/208_exports.ipynb #markdown
-def markdown_cell(value: object) -> str:
+def markdown_cell(value: object,  # a float gets three decimals, NaN a dash; else its text in one line
+                 ) -> str:  # with every character escaped that Markdown could act on
     "Make one cell of a Markdown table inert."
     if isinstance(value, float | np.floating): return "\u2013" if np.isnan(value) else f"{value:.3f}"
     text = escape(visible(" ".join(str(value).splitlines())), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#+!|~$:@/])", r"\\\1", text)
 
-def markdown_table(frame: pd.DataFrame) -> str:
+def markdown_table(frame: pd.DataFrame,  # numbers and text; its index is left out
+                  ) -> str:  # a header, a rule and a line per row
     "Write a table as Markdown, in which text is only text."
     rows = [list(map(str, frame.columns)), *frame.itertuples(index=False, name=None)]
     lines = ["| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows]

@@ -22,17 +22,17 @@ from ..uncertainty.predictions import Predictions, refuse_overlap
 from ..uncertainty.risk import DecisionPolicy, cost_against_always
 
 # %% ../../nbs/audit/220_findings.ipynb #unseen
-def ledger(preds: Predictions,
+def ledger(preds: Predictions,  # their own ledger of earlier stages is taken over
            fitted: Mapping[str, Any],  # stage -> what was fitted on rows that it names, or None
           ) -> dict[str, frozenset[str]]:  # stage -> ids of the rows that it used
     "Collect every row that shaped what is audited."
     rows = {stage: getattr(f, "ids_", None) or getattr(f, "calibration_ids", None) for stage, f in fitted.items()}
     return {**preds.seen, **{stage: frozenset(map(str, ids)) for stage, ids in rows.items() if ids}}
 
-def require_test_rows(preds: Predictions,
+def require_test_rows(preds: Predictions,  # rows to audit
                       used: Mapping[str, frozenset[str]],  # stage -> ids of the rows that it used
                      ) -> np.ndarray:  # true labels, shape [n]
-    "Refuse rows that were used before, that carry no truth, or that are none."
+    "Refuse rows that were used before (OverlapError), no test rows or without truth (DataError), or none (TooFewRowsError)."
     if preds.split in ("train", "validation", "calibration"):
         raise DataError(f"split {preds.split!r} is no test set", fix="audit the test split")
     if not len(preds): raise TooFewRowsError(0, 1, "an audit")
@@ -43,20 +43,20 @@ def require_test_rows(preds: Predictions,
 @dataclass(frozen=True)
 class Finding:
     "State a measured quantity and what it is held against."
-    name: str
+    name: str  # of the quantity, as tables show it: "ECE", "selective risk"
     estimate: Estimate | None  # None: it cannot be estimated
     against: str = ""  # reference, limit or promise, in words
     verdict: str = ""  # "pass", "fail", "not enough evidence"; "" where nothing was promised
     digits: int = 3  # decimals
-def told(e: Estimate,
+def told(e: Estimate,  # a number with its interval
          digits: int = 3,  # decimals
-        ) -> str:
+        ) -> str:  # "0.912 [0.880, 0.937]"
     "Write an estimate with its interval."
     return ci(e.value, e.low, e.high, digits)
 
 # %% ../../nbs/audit/220_findings.ipynb #at-most
-def at_most(e: Estimate | None,
-            limit: float,
+def at_most(e: Estimate | None,  # None: it cannot be estimated
+            limit: float,  # in the unit of the estimate
            ) -> str:  # "pass", "fail" or "not enough evidence"
     "Hold an estimate against an upper limit."
     if e is None: return "not enough evidence"
@@ -90,11 +90,11 @@ def mass_bins(confidence: ArrayLike,  # probability of each answer, shape [n]
                        tuple(counts.tolist()), ece)
 
 # %% ../../nbs/audit/220_findings.ipynb #basic
-def basic_findings(preds: Predictions,
+def basic_findings(preds: Predictions,  # test rows with their true labels, calibrated
                    after: Estimate,  # ECE of `preds`
                    tolerance: float,  # ECE that still counts as calibrated
                    before: tuple[Estimate, Estimate] | None = None,  # NLL and ECE before calibration
-                  ) -> list[Finding]:
+                  ) -> list[Finding]:  # accuracy, NLL, ECE
     "Measure accuracy and calibration."
     was = [f"before calibration {told(e)}" for e in before] if before else ["", ""]
     reference = [f"tolerance {num(tolerance, 2)}; null {num(after.null)}", *filter(None, was[1:])]
@@ -112,7 +112,7 @@ class Coverage:
     column: str = ""  # where the group comes from
 
 # %% ../../nbs/audit/220_findings.ipynb #coverage-verdict
-def coverage_verdict(measured: Estimate,
+def coverage_verdict(measured: Estimate,  # share of sets that hold the truth
                      law: tuple[float, float],  # 95 % of test sets of this size lie between; (0, 1) where no law is known
                      target: float,  # promised coverage
                      tolerance: float,  # shortfall that still counts as kept
@@ -122,7 +122,7 @@ def coverage_verdict(measured: Estimate,
     return "pass" if measured.low >= target - tolerance else "not enough evidence"
 
 # %% ../../nbs/audit/220_findings.ipynb #covered
-def coverage_rows(sets: PredictionSets,
+def coverage_rows(sets: PredictionSets,  # of the n test rows
                   y: np.ndarray,  # true labels, shape [n]
                   masks: Mapping[tuple[str, str], np.ndarray],  # (column, group) -> rows, bool, shape [n]
                  ) -> list[Coverage]:  # all rows first; a group without rows is left to the group table
@@ -132,10 +132,10 @@ def coverage_rows(sets: PredictionSets,
     return [Coverage(g, rate(int(hit[every[c, g]].sum()), m), *sets.law(m), c) for (c, g), m in sizes.items()]
 
 # %% ../../nbs/audit/220_findings.ipynb #set-findings
-def set_findings(sets: PredictionSets,
+def set_findings(sets: PredictionSets,  # of the n test rows
                  whole: Coverage,  # of all rows
                  tolerance: float,  # shortfall that still counts as kept
-                ) -> list[Finding]:
+                ) -> list[Finding]:  # coverage, mean set size, empty sets
     "Hold prediction sets against their promise."
     n, target = whole.measured.n, 1 - sets.alpha
     law = f"exact law [{num(whole.low)}, {num(whole.high)}]" if (whole.low, whole.high) != (0, 1) else f"no exact law ({sets.kind})"
@@ -173,8 +173,8 @@ class Decided:
     certified: float | None = None  # share of calibration rows on whose answers the limit is certified
 
 # %% ../../nbs/audit/220_findings.ipynb #decided
-def decided(preds: Predictions,
-            policy: DecisionPolicy,
+def decided(preds: Predictions,  # n test rows, calibrated
+            policy: DecisionPolicy,  # fitted on other rows
             y: np.ndarray,  # true labels, shape [n]
            ) -> tuple[Decided, np.ndarray]:  # what the policy did; its action for each row, -1 = abstained
     "Measure risk and cost of a policy."
@@ -188,7 +188,8 @@ def decided(preds: Predictions,
                    policy.certified_coverage_), action
 
 # %% ../../nbs/audit/220_findings.ipynb #risk-findings
-def risk_findings(d: Decided) -> list[Finding]:
+def risk_findings(d: Decided,  # from `decided`
+                 ) -> list[Finding]:  # abstention, cost per row, selective risk
     "Hold a decision policy against its promise."
     left = Estimate(1 - d.answered.value, 1 - d.answered.high, 1 - d.answered.low, d.answered.n)
     against = [f"limit {num(d.limit, 2)}"] if d.limit is not None else []

@@ -41,7 +41,8 @@ def audit_files(predictions: str | Path,  # Parquet, of `Predictions.save`
                  tolerance=tolerance, before=None if before is None else Predictions.load(Path(before)), metrics=metrics)
 
 # %% ../../nbs/audit/285_gate.ipynb #stored
-def stored_estimate(e: dict[str, Any] | None) -> Estimate | None:
+def stored_estimate(e: dict[str, Any] | None,  # as `AuditReport.to_dict` wrote it
+                   ) -> Estimate | None:  # without its null; None for None
     "Read an estimate of a report."
     return None if e is None else Estimate(**{k: e[k] for k in ("value", "low", "high", "n", "name", "method", "level") if k in e})
 
@@ -68,8 +69,12 @@ class Checked:
     note: str  # what was not checked
 
     @property
-    def code(self) -> int: return 1 if self.altered else 3 if self.open else 0  # for a shell
-    def to_dict(self) -> dict[str, Any]: return {"kind": self.kind, "ok": self.code == 0, "altered": list(self.altered), "open": list(self.open), "note": self.note}
+    def code(self) -> int:  # for a shell
+        "Give the exit code for a shell: 0 sound, 1 altered, 3 open."
+        return 1 if self.altered else 3 if self.open else 0
+    def to_dict(self) -> dict[str, Any]:
+        "Give what was found as plain values for JSON."
+        return {"kind": self.kind, "ok": self.code == 0, "altered": list(self.altered), "open": list(self.open), "note": self.note}
     def __str__(self) -> str:
         state = "ALTERED" if self.altered else "OPEN" if self.open else "SOUND"
         return "\n".join([f"{state}: {self.kind}", *(f"altered: {a}" for a in self.altered), *(f"open: {o}" for o in self.open), *([self.note] if self.note else [])])
@@ -79,7 +84,7 @@ def verify_path(path: str | Path,  # a folder with a dossier, or a report.json
                 today: date | None = None,  # for which waivers are judged
                 again: AuditReport | None = None,  # the same audit, computed once more from the predictions
                ) -> Checked:
-    "Verify a dossier, or a report that stands alone."
+    "Verify a dossier, or a report that stands alone; raise AuditError where there is neither."
     path = Path(path)
     if path.is_dir():
         found = Dossier.attach(path).verify(today, head)
@@ -88,6 +93,6 @@ def verify_path(path: str | Path,  # a folder with a dossier, or a report.json
     report = load_json(path)
     if not isinstance(report, dict) or report.get("kind") != "audit": raise AuditError("this is no audit report", where=str(path), fix="give a report.json")
     try: wrong = stored_contradictions(report)
-    except (KeyError, TypeError) as e: return Checked("report", (f"cannot be read: {type(e).__name__} {e}",), (), "")
+    except (KeyError, TypeError, ValueError, AttributeError) as e: return Checked("report", (f"cannot be read: {type(e).__name__} {e}",), (), "")
     if again is not None: wrong += [d for d in differences(report, plain(again.to_dict())) if not d.startswith(("provenance.software", "notes"))]
     return Checked("report", tuple(wrong), (), "" if again else "The numbers were not computed again: give the predictions.")

@@ -22,7 +22,7 @@ from ..uncertainty.metrics import Estimate
 @dataclass(frozen=True, eq=False)
 class RowSums:
     "Hold what each row adds to a metric of a corpus."
-    name: str
+    name: str  # of the metric
     rows: np.ndarray  # what each row adds, float64, shape [n, s]
     value: Callable[[np.ndarray], float]  # from sums, shape [s], to the metric
     up: bool  # True where more is better
@@ -35,7 +35,7 @@ def ratio(sums: np.ndarray,  # a sum and what it is divided by, shape [2]
 # %% ../../nbs/audit/284_generated.ipynb #perplexity-rows
 def perplexity_rows(log_probs: Sequence[Any],  # per row, log probability of each token, in nats
                    ) -> RowSums:
-    "Count the negative log likelihood and the tokens of each row."
+    "Count the negative log likelihood and the tokens of each row; raise DataError for numbers that are no log probabilities."
     found = [np.asarray(row, dtype=np.float64).ravel() for row in log_probs]
     for i, row in enumerate(found):
         if not (np.isfinite(row).all() and (row <= 1e-6).all()): raise DataError("log probabilities must be finite and at most 0", where=f"row {i}", fix="give natural logarithms of probabilities")
@@ -51,21 +51,25 @@ def bits_per_byte_rows(log_probs: Sequence[Any],  # per row, log probability of 
     return RowSums("bits per byte", np.column_stack([nats / np.log(2), [len(t.encode()) for t in texts]]), ratio, False)
 
 # %% ../../nbs/audit/284_generated.ipynb #words
-def references_of(references: Sequence[str | Sequence[str]]) -> list[list[str]]:
-    "Bring references to lists, one per row."
+def references_of(references: Sequence[str | Sequence[str]],  # true text of each row, or several of them
+                 ) -> list[list[str]]:  # for each row, its texts
+    "Bring references to lists, one per row; raise DataError for a row without one."
     found = [[r] if isinstance(r, str) else list(r) for r in references]
     if empty := [i for i, r in enumerate(found) if not r or not all(isinstance(x, str) for x in r)]: raise DataError("a row without a reference text", where=f"row {empty[0]}")
     return found
 
 # %% ../../nbs/audit/284_generated.ipynb #need
-def need(package: str) -> Any:
-    "Import an optional library, or say how to get it."
+def need(package: str,  # dotted name of a module
+        ) -> Any:  # the module
+    "Import an optional library, or raise ConfigurationError that says how to get it."
     from importlib import import_module
     try: return import_module(package)
     except ImportError: raise ConfigurationError(f"{package.split('.')[0]} is not installed", fix="pip install 'fine_tune_llm[generation]'") from None
 
 # %% ../../nbs/audit/284_generated.ipynb #bleu-rows
-def bleu_rows(answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> RowSums:
+def bleu_rows(answers: Sequence[str],  # the system's text of each row
+              references: Sequence[str | Sequence[str]],  # true text of each row, or several
+             ) -> RowSums:  # lengths, then 4 counts of matches and 4 of n-grams, [n, 10]
     "Count lengths and matching n-grams of each row."
     bleu = need("sacrebleu.metrics").BLEU
     counter = bleu(effective_order=True)  # for single rows; the counts are the same
@@ -77,7 +81,9 @@ def bleu_rows(answers: Sequence[str], references: Sequence[str | Sequence[str]])
     return RowSums("BLEU", rows, value, True)
 
 # %% ../../nbs/audit/284_generated.ipynb #rouge-rows
-def rouge_rows(answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> list[RowSums]:  # ROUGE-1, ROUGE-2, ROUGE-L
+def rouge_rows(answers: Sequence[str],  # the system's text of each row
+               references: Sequence[str | Sequence[str]],  # true text of each row, or several: the best counts
+              ) -> list[RowSums]:  # ROUGE-1, ROUGE-2, ROUGE-L
     "Measure the overlap of each row with its references."
     kinds = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
     scorer = need("rouge_score.rouge_scorer").RougeScorer(list(kinds))
@@ -89,7 +95,7 @@ def drawn_values(metrics: Sequence[RowSums],  # of the same rows
                  draws: int,  # resamples
                  seed: int,  # of the resamples
                 ) -> np.ndarray:  # shape [draws, metrics]
-    "Compute metrics on draws of the rows, the same draws for all."
+    "Compute metrics on draws of the rows with replacement, the same draws for all (Koehn, 2004)."
     n, rng, out = len(metrics[0].rows), np.random.default_rng(seed), []
     for start in range(0, draws, 200):  # a few hundred at a time, for memory
         weights = rng.multinomial(n, np.full(n, 1 / n), size=min(200, draws - start)).astype(np.float64)
@@ -97,15 +103,23 @@ def drawn_values(metrics: Sequence[RowSums],  # of the same rows
     return np.concatenate(out)
 
 # %% ../../nbs/audit/284_generated.ipynb #middle
-def middle(value: float, drawn: np.ndarray, level: float, n: int, name: str) -> Estimate:
+def middle(value: float,  # the metric, or the difference, on the rows at hand
+           drawn: np.ndarray,  # the same on each draw, shape [draws]
+           level: float,  # confidence of the interval
+           n: int,  # rows behind it
+           name: str,  # of the metric
+          ) -> Estimate:  # its interval holds `value`; endless for a single row
     "Take the middle of what was drawn."
     if n < 2: return Estimate(value, -np.inf, np.inf, n, name, "bootstrap over rows", level)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, min(value, float(low)), max(value, float(high)), n, name, "bootstrap over rows", level)
 
 # %% ../../nbs/audit/284_generated.ipynb #collect
-def system_sums(references: Sequence[str | Sequence[str]] | None, answers: Sequence[str] | None, log_probs: Sequence[Any] | None,
-                metrics: Sequence[str] | None) -> list[RowSums]:
+def system_sums(references: Sequence[str | Sequence[str]] | None,  # true text of each row, or several
+                answers: Sequence[str] | None,  # its text of each row; adds BLEU and ROUGE
+                log_probs: Sequence[Any] | None,  # per row, log probability of each token, in nats
+                metrics: Sequence[str] | None,  # by name; None: all that the arguments allow
+               ) -> list[RowSums]:
     "Count all that is asked of one system."
     want = lambda *names: metrics is None or any(n in metrics for n in names)
     found: list[RowSums] = []
@@ -118,22 +132,28 @@ def system_sums(references: Sequence[str | Sequence[str]] | None, answers: Seque
     return [m for m in found if want(m.name)]
 
 # %% ../../nbs/audit/284_generated.ipynb #require-rows
-def require_rows(parts: Mapping[str, Sequence[Any]], n: int | None, what: str) -> int:  # rows
-    "Refuse systems with other numbers of rows."
+def require_rows(parts: Mapping[str, Sequence[Any]],  # system -> what it gave for each row
+                 n: int | None,  # rows that there must be; None: as many as the others
+                 what: str,  # what is counted, for the message
+                ) -> int:  # rows
+    "Refuse systems with other numbers of rows, or with none, with DataError."
     sizes = {name: len(rows) for name, rows in parts.items()}
     if len({*sizes.values(), *([] if n is None else [n])}) != 1: raise DataError(f"{what} of {sizes}" + ("" if n is None else f" for {n} rows"), fix="answer the same rows with all")
     if not next(iter(sizes.values())): raise DataError("there are no rows to compare", fix="give at least one")
     return next(iter(sizes.values()))
 
 # %% ../../nbs/audit/284_generated.ipynb #require-same-tokens
-def require_same_tokens(found: Mapping[str, Sequence[RowSums]]) -> None:
-    "Refuse perplexities over other tokens."
+def require_same_tokens(found: Mapping[str, Sequence[RowSums]],  # system -> its metrics; others than perplexity pass
+                       ) -> None:
+    "Refuse perplexities over other tokens with DataError."
     counts = [m.rows[:, 1] for of in found.values() for m in of if m.name == "perplexity"]
     if counts and any(not np.array_equal(counts[0], c) for c in counts):
         raise DataError("the systems cut the rows into other tokens, so perplexity does not compare them", fix="metrics=['bits per byte', ...]")
 
 # %% ../../nbs/audit/284_generated.ipynb #compare
-def judged_word(gap: Estimate, up: bool) -> str:  # "better", "worse" or "not shown"
+def judged_word(gap: Estimate,  # second minus first, at the level at which all hold together
+                up: bool,  # True where more is better
+               ) -> str:  # "better", "worse" or "not shown"
     "Say whether the second system is better."
     sign = 1 if gap.low > 0 else -1 if gap.high < 0 else 0
     return "not shown" if not sign else "better" if (sign > 0) == up else "worse"
@@ -148,7 +168,7 @@ def compare_generated(answers: Mapping[str, Sequence[str]] | None = None,  # sys
                       n_boot: int = 2000,  # resamples, at least
                       seed: int = 0,  # of the resamples
                      ) -> Comparison:
-    "Put systems that write text side by side, with paired intervals."
+    "Put systems that write text side by side, with paired intervals; raise ConfigurationError or DataError where they do not fit."
     given = [p for p in (answers, log_probs) if p]
     if not given: raise ConfigurationError("nothing to compare", where="answers, log_probs", fix="give either, by system")
     if answers and references is None: raise ConfigurationError("answers without references", fix="give references=")

@@ -20,7 +20,8 @@ from ..core.errors import ConfigurationError, DataError
 # %% ../../nbs/audit/206_groupings.ipynb #codes
 MISSING = "(missing)"  # the group of rows without a value
 
-def utf8(name: str) -> str:
+def utf8(name: str,  # any text, also one that was cut inside a character
+        ) -> str:  # text that UTF-8 can hold, each lone half as \udXXX
     "Spell out halves of surrogate pairs, which no file can hold."
     return name.encode("utf-8", "backslashreplace").decode()
 
@@ -28,7 +29,7 @@ def group_codes(column: pd.Series,  # one value per row; NaN, None and blank tex
                 declared: Sequence[object] = (),  # groups to report even if they have no rows
                 most: int = 50,  # refuse a column of more groups
                ) -> tuple[list[str], np.ndarray]:  # groups, declared first, "(missing)" last; number of each row's group [n]
-    "Number the group of each row."
+    "Number the group of each row; raise DataError where there are too many groups."
     codes, values = pd.factorize(column, use_na_sentinel=True)
     names = [MISSING if pd.isna(v) or not str(v).strip() else utf8(str(v)) for v in values]
     known = list(column.cat.categories) if isinstance(column.dtype, pd.CategoricalDtype) else []
@@ -46,12 +47,13 @@ def group_masks(column: pd.Series,  # one value per row; NaN, None and blank tex
                 declared: Sequence[object] = (),  # groups to report even if they have no rows
                 most: int = 50,  # refuse a column of more groups
                ) -> dict[str, np.ndarray]:  # group -> bool mask, shape [n]; declared groups first, "(missing)" last
-    "Find the rows of each group."
+    "Find the rows of each group; raise DataError where there are too many groups."
     groups, codes = group_codes(column, declared, most)
     return {g: codes == i for i, g in enumerate(groups)}
 
 # %% ../../nbs/audit/206_groupings.ipynb #alike
-def folded_name(name: str) -> str:
+def folded_name(name: str,  # of a group, or of a person
+               ) -> str:  # equal for names that a reader would take for one
     "Write a name without case, outer blanks and forms of one letter."
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
@@ -73,7 +75,7 @@ class Grouping:
 def crossed(parts: Sequence[Grouping],  # of one column each
             most: int = 50,  # refuse more combinations
            ) -> Grouping:
-    "Cross groupings, so that each combination is a group."
+    "Cross groupings, so that each combination is a group; raise DataError where there are too many."
     if len(parts) == 1: return parts[0]
     names, codes = [" & ".join(c) for c in product(*(p.groups for p in parts))], parts[0].codes
     if len(names) > most:
@@ -86,11 +88,11 @@ def crossed(parts: Sequence[Grouping],  # of one column each
 By = str | Sequence[str | tuple[str, ...]] | Mapping[str, Sequence[object]]  # columns; a tuple is crossed; keys also declare
 
 def groupings(table: pd.DataFrame,  # one column per grouping, n rows
-              by: By,
+              by: By,  # columns, or tuples of them to cross; as keys: with declared groups
               depth: int = 1,  # cross up to so many of the named columns, 1 to 3
               most: int = 50,  # refuse a grouping of more groups
-             ) -> list[Grouping]:
-    "Resolve which rows belong to which group."
+             ) -> list[Grouping]:  # one per column or crossing, in the order of `by`
+    "Resolve which rows belong to which group; raise DataError for an unknown column, ConfigurationError for more than three at once."
     asked = [(b,) if isinstance(b, str) else tuple(b) for b in ([by] if isinstance(by, str) else by)]
     columns = list(dict.fromkeys(c for b in asked for c in b))
     for c in columns:

@@ -39,7 +39,7 @@ def newcombe(k1: int,  # hits in the group
              n2: int,  # denominator of the rest, at least 1
              level: float = 0.95,  # confidence of the interval
             ) -> Estimate:  # the gap `k1/n1 - k2/n2`; its `n` is the group's denominator
-    "Bound the difference of two independent proportions."
+    "Bound the difference of two independent proportions (Newcombe, 1998, method 10)."
     e = gap_of(wilson([k1], [n1], level), wilson([k2], [n2], level))
     return Estimate(float(e.value[0]), float(e.low[0]), float(e.high[0]), n1, "gap", NEWCOMBE, level)
 
@@ -48,7 +48,7 @@ def verdict(gap: Estimate | None,  # None: it cannot be estimated
             tolerance: float,  # largest gap that still counts as equal, a share between 0 and 1
             sure: Estimate | None = None,  # the same gap, at the level at which all comparisons hold; None: as `gap`
            ) -> str:  # "pass", "fail" or "not enough evidence"
-    "Read an interval against a tolerance."
+    "Read an interval against a tolerance; raise ConfigurationError where that does not lie between 0 and 1."
     if not 0 < tolerance < 1:
         raise ConfigurationError(f"tolerance must lie between 0 and 1, got {tolerance}", fix="0.05 stands for 5 points")
     return judged(gap, tolerance, sure)
@@ -81,7 +81,7 @@ class GroupRow:
 # %% ../../nbs/audit/212_groups.ipynb #rows
 METHODS = {"rate": "Wilson", "mean": "Student t", "calibration error": "inverted folded normal"}
 
-def rows_of(c: Compared,
+def rows_of(c: Compared,  # sums of each group and of its rest, from `compared`
             tolerance: float,  # largest gap that still counts as equal, in the unit of the metric
             level: float = 0.95,  # confidence of each interval
             checks: int = 1,  # comparisons that must hold together
@@ -105,7 +105,7 @@ def rows_of(c: Compared,
     return out
 
 # %% ../../nbs/audit/212_groups.ipynb #compare
-def compare(metric: Metric,
+def compare(metric: Metric,  # event or amount of n rows
             group: np.ndarray,  # rows of the group, bool, shape [n]
             tolerance: float,  # largest gap that still counts as equal
             level: float = 0.95,  # confidence of the intervals
@@ -116,25 +116,25 @@ def compare(metric: Metric,
     return rows_of(compared(metric, Grouping(column, (name, "rest"), np.where(group, 0, 1))), tolerance, level)[0]
 
 # %% ../../nbs/audit/212_groups.ipynb #tolerance
-def tolerance_of(m: Metric,
+def tolerance_of(m: Metric,  # whose name is looked up, and whose kind says what is possible
                  tolerance: float,  # for metrics that `tolerances` does not name
                  tolerances: float | Mapping[str, float] | None,  # one for all, or by name of the metric
-                ) -> float:
-    "Find what a metric is held to."
+                ) -> float:  # between 0 and 1; of a mean any positive number in its unit
+    "Find what a metric is held to; raise ConfigurationError for a tolerance that is none."
     found = tolerances.get(m.name, tolerance) if isinstance(tolerances, Mapping) else tolerances or tolerance
     if not 0 < found < (np.inf if m.kind == "mean" else 1):
         raise ConfigurationError(f"tolerance must lie between 0 and 1, got {found}", where=m.name, fix="0.05 stands for 5 points")
     return float(found)
 
 # %% ../../nbs/audit/212_groups.ipynb #all-compared
-def all_rows(found: Sequence[Compared],
+def all_rows(found: Sequence[Compared],  # one per metric and grouping, from `compared`
              tolerance: float = 0.05,  # largest gap that still counts as equal
              tolerances: float | Mapping[str, float] | None = None,  # one for all, or by name of the metric
              level: float = 0.95,  # confidence of the intervals
              least: int = 10,  # rows without which nothing is judged
              exactly: bool = False,  # rates by Clopper and Pearson
-            ) -> list[GroupRow]:
-    "Judge all comparisons of an audit together."
+            ) -> list[GroupRow]:  # in the order of `found`, one per group
+    "Judge all comparisons of an audit together; raise ConfigurationError for a tolerance of an unknown metric."
     unknown = [n for n in (tolerances if isinstance(tolerances, Mapping) else ()) if n not in {c.metric.name for c in found}]
     if unknown:
         raise ConfigurationError(f"no metric {unknown[0]!r}", where="tolerances",
@@ -142,7 +142,7 @@ def all_rows(found: Sequence[Compared],
     checks = sum(int(c.judgeable(least).sum()) for c in found)
     return [r for c in found for r in rows_of(c, tolerance_of(c.metric, tolerance, tolerances), level, checks, least, exactly)]
 
-def group_rows(metrics: Sequence[Metric],
+def group_rows(metrics: Sequence[Metric],  # each of the same n rows
                groups: pd.DataFrame,  # one column per grouping, n rows
                columns: By,  # which columns; a dict also declares their groups
                tolerance: float = 0.05,  # largest gap that still counts as equal
@@ -182,20 +182,25 @@ class GroupMetrics:
                 ) -> pd.DataFrame:
         "Lay the metrics out with columns metric, group, estimate, low, high, n, verdict."
         return rows_frame(self.rows, gaps)
-    def to_csv(self) -> str: return csv_text(self.to_frame(gaps=True))
-    def to_markdown(self) -> str: return markdown_table(self.to_frame())
+    def to_csv(self) -> str:
+        "Write every row with its gap as CSV that a spreadsheet cannot run."
+        return csv_text(self.to_frame(gaps=True))
+    def to_markdown(self) -> str:
+        "Write the metrics as a Markdown table in which text is only text."
+        return markdown_table(self.to_frame())
     def _repr_html_(self) -> str:
         said = "".join(f"<p>{visible_html(n)}</p>" for n in self.notices)
         return styled(said + html_table(self.to_frame(gaps=True).drop(columns=["hits", "tolerance"])))
     def __str__(self) -> str: return "\n".join([self.to_frame().round(3).to_string(index=False), *self.notices])
 
-def visible_html(text: str) -> str:
+def visible_html(text: str,  # that may hold names from the data
+                ) -> str:  # escaped, with invisible characters spelled out
     "Write a sentence as HTML."
     return escape(visible(text))
 
-def rows_frame(rows: Sequence[GroupRow],
+def rows_frame(rows: Sequence[GroupRow],  # of one or several metrics and columns
                gaps: bool = False,  # add hits, gap, its interval and the tolerance
-              ) -> pd.DataFrame:
+              ) -> pd.DataFrame:  # column names stand before the groups where there are several
     "Lay out one line per metric and group."
     several, t = len({r.column for r in rows}) > 1, group_table(rows)
     t["group"] = [f"{r.column} = {r.group}" if several else r.group for r in rows]
@@ -204,14 +209,16 @@ def rows_frame(rows: Sequence[GroupRow],
     return t[[*first, "hits", "gap", "gap_low", "gap_high", "tolerance"] if gaps else first]
 
 # %% ../../nbs/audit/212_groups.ipynb #notices
-def named(parts: Sequence[str], most: int = 5) -> str:
+def named(parts: Sequence[str],  # names, in the order to show
+          most: int = 5,  # names to spell out; the others are counted
+         ) -> str:  # "a, b and 3 more"
     "List some names."
     return ", ".join(parts[:most]) + (f" and {len(parts) - most} more" if len(parts) > most else "")
 
-def notices_of(found: Sequence[Compared],
+def notices_of(found: Sequence[Compared],  # one per metric and grouping, from `compared`
                by: By,  # columns; as keys: with the groups that were declared
                least: int = 10,  # rows without which nothing is judged
-              ) -> tuple[str, ...]:
+              ) -> tuple[str, ...]:  # sentences, grouping by grouping
     "Say what a reader must know before reading the rows."
     out = []
     for g in {id(c.grouping): c.grouping for c in found}.values():
@@ -229,12 +236,12 @@ def notices_of(found: Sequence[Compared],
     return tuple(out)
 
 # %% ../../nbs/audit/212_groups.ipynb #group-metrics
-def standard_of(preds: Predictions,
-                sets: ConformalClassifier | PredictionSets | None,
-                policy: DecisionPolicy | Decisions | None,
+def standard_of(preds: Predictions,  # n rows with their true labels
+                sets: ConformalClassifier | PredictionSets | None,  # fitted, or predicted for these rows in this order
+                policy: DecisionPolicy | Decisions | None,  # fitted, or decided for these rows in this order
                 positive: str | int | None,  # label that counts as an alarm
-               ) -> list[Metric]:
-    "Apply what was fitted, check that it is about the same rows, and collect the metrics."
+               ) -> list[Metric]:  # those of `standard_metrics`
+    "Apply what was fitted and collect the metrics; raise DataError where it is about other rows."
     sets = sets.predict(preds) if isinstance(sets, ConformalClassifier) else sets
     decisions = policy.decide(preds) if isinstance(policy, DecisionPolicy) else policy
     for name, part in (("sets", sets), ("policy", decisions)):
@@ -244,7 +251,10 @@ def standard_of(preds: Predictions,
     return standard_metrics(preds, sets, decisions, positive)
 
 # %% ../../nbs/audit/212_groups.ipynb #overall
-def overall(c: Compared, level: float, exactly: bool) -> Estimate:
+def overall(c: Compared,  # one grouping of the metric; its groups are added up
+            level: float,  # confidence of the interval, between 0 and 1
+            exactly: bool,  # a rate by Clopper and Pearson, instead of Wilson
+           ) -> Estimate:
     "Estimate a metric over all rows."
     e, n = ends_of(c.own.whole(), c.metric.kind, level, exactly)[0], int(c.own.n.sum())
     return Estimate(float(e.value[0]), float(e.low[0]), float(e.high[0]), n, c.metric.name, METHODS[c.metric.kind], level)
@@ -252,8 +262,8 @@ def overall(c: Compared, level: float, exactly: bool) -> Estimate:
 # %% ../../nbs/audit/212_groups.ipynb #group-metrics-call
 def group_metrics(preds: Predictions,  # rows with their true labels and group columns
                   by: By,  # a column, several, tuples of columns to cross; as keys: with the groups to declare
-                  sets: ConformalClassifier | PredictionSets | None = None,
-                  policy: DecisionPolicy | Decisions | None = None,
+                  sets: ConformalClassifier | PredictionSets | None = None,  # fitted, or predicted for these rows; adds coverage and set size
+                  policy: DecisionPolicy | Decisions | None = None,  # fitted, or decided for these rows; adds abstention and selective risk
                   metrics: Sequence[str | Metric] | None = None,  # names, and metrics of your own; None: all
                   positive: str | int | None = None,  # label that counts as an alarm; None: the second of two
                   tolerance: float = 0.05,  # largest gap that still counts as equal, in the unit of the metric
@@ -265,7 +275,7 @@ def group_metrics(preds: Predictions,  # rows with their true labels and group c
                   least: int = 10,  # rows without which nothing is judged
                   most: int = 50,  # refuse a grouping of more groups
                  ) -> GroupMetrics:
-    "Measure everything for every group, with intervals and verdicts."
+    "Measure everything for every group, with intervals and verdicts; raise DataError without group columns."
     if preds.groups is None: raise DataError("the predictions have no group columns", fix="give groups= to Predictions")
     resolved, clusters = groupings(preds.groups, by, depth, most), None
     if cluster is not None:

@@ -26,7 +26,7 @@ def wilson(k: ArrayLike,  # hits, shape [G]; need not be whole
            n: ArrayLike,  # rows that could have been hits, shape [G]
            level: float = 0.95,  # confidence of each interval
           ) -> Ends:
-    "Estimate rates with Wilson's intervals."
+    "Estimate rates with the score intervals of Wilson (1927)."
     k, n, z = np.asarray(k, dtype=float), np.asarray(n, dtype=float), norm.isf((1 - level) / 2)
     p, m = np.divide(k, n, out=np.full(k.shape, np.nan), where=n > 0), np.maximum(n, 1e-9)
     middle, half = p + z * z / (2 * m), z * np.sqrt(p * (1 - p) / m + z * z / (4 * m * m))
@@ -38,7 +38,7 @@ def exact(k: ArrayLike,  # hits, whole numbers, shape [G]
           n: ArrayLike,  # rows that could have been hits, shape [G]
           level: float = 0.95,  # confidence of each interval, at least
          ) -> Ends:
-    "Estimate rates with Clopper and Pearson's intervals."
+    "Estimate rates with the exact intervals of Clopper and Pearson (1934)."
     k, n, tail = np.asarray(k, dtype=float), np.asarray(n, dtype=float), (1 - level) / 2
     p = np.divide(k, n, out=np.full(k.shape, np.nan), where=n > 0)
     low = np.where(k > 0, beta.ppf(tail, np.maximum(k, 1e-9), n - k + 1), 0)
@@ -66,7 +66,7 @@ def gap_of(a: Ends,  # groups
            b: Ends,  # what each is compared with
            rho: ArrayLike = 0.0,  # correlation of the two estimates, shape [G]
           ) -> Ends:  # a minus b
-    "Bound differences of estimates from the intervals of both."
+    "Bound differences of estimates from the intervals of both (Zou and Donner, 2008)."
     def arm(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.sqrt(np.maximum(x * x + y * y - 2 * np.asarray(rho) * x * y, 0))
     with np.errstate(invalid="ignore"):
@@ -128,7 +128,7 @@ def error_at(chance: np.ndarray,  # to measure at most what was measured, shape 
     return total_below(total, d, var, high)[1]
 
 # %% ../../nbs/audit/200_intervals.ipynb #ece
-def calibration_error(bins: BinSums,
+def calibration_error(bins: BinSums,  # sums of G groups in B bins; a group may be empty
                       level: float = 0.95,  # confidence of each interval
                       deff: ArrayLike = 1.0,  # rows per independent row, shape [G]; 1: all are independent
                      ) -> tuple[Ends, np.ndarray]:  # the usual estimate with its interval, and the unbiased one [G]

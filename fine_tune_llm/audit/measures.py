@@ -68,7 +68,7 @@ def error_rates(y: ArrayLike,  # true labels, int, shape [n]
                 answers: ArrayLike,  # answered labels, int, shape [n]
                 positive: int,  # the label that counts as an alarm; every other is negative
                ) -> tuple[Metric, Metric]:  # false-positive rate, false-negative rate
-    "Count false alarms among negatives and misses among positives."
+    "Count false alarms among negatives and misses among positives, as equalised odds do (Hardt et al., 2016)."
     truth, alarm = np.asarray(y) == positive, np.asarray(answers) == positive
     return Metric("false-positive rate", alarm, ~truth), Metric("false-negative rate", ~alarm, truth)
 
@@ -77,7 +77,7 @@ def alarm_metrics(y: ArrayLike,  # true labels, int, shape [n]
                   answers: ArrayLike,  # answered labels, int, shape [n]
                   positive: int,  # the label that counts as an alarm; every other is negative
                  ) -> list[Metric]:  # base rate, selection rate, TPR, FPR, FNR, PPV, FOR
-    "Count everything that an alarm can get right or wrong."
+    "Count everything that an alarm can get right or wrong (Hardt et al., 2016; Chouldechova, 2017)."
     truth, alarm = np.asarray(y) == positive, np.asarray(answers) == positive
     every = np.ones(len(truth), dtype=bool)
     return [Metric("base rate", truth, every), Metric("selection rate", alarm, every),
@@ -96,10 +96,10 @@ def score_metrics(preds: Predictions) -> list[Metric]:  # NLL, Brier, ECE
             Metric("ECE", preds.answers == y, every, preds.confidence.astype(np.float64))]
 
 # %% ../../nbs/audit/204_measures.ipynb #positive
-def alarm_label(preds: Predictions,
+def alarm_label(preds: Predictions,  # only their labels are looked at
                 positive: str | int | None,  # name or number of a label; None: the second of two, or none
                ) -> int | None:  # its number
-    "Decide which label counts as an alarm."
+    "Decide which label counts as an alarm; raise ConfigurationError for a number that is no label."
     if positive is None: return 1 if len(preds.labels) == 2 else None
     if isinstance(positive, str): return label_index(preds.labels, [positive])[0]
     if not 0 <= int(positive) < len(preds.labels):
@@ -107,11 +107,11 @@ def alarm_label(preds: Predictions,
     return int(positive)
 
 # %% ../../nbs/audit/204_measures.ipynb #standard
-def standard_metrics(preds: Predictions,
+def standard_metrics(preds: Predictions,  # n rows with their true labels; see `Predictions`
                      sets: PredictionSets | None = None,  # of the same rows
                      decisions: Decisions | None = None,  # of the same rows
                      positive: str | int | None = None,  # label that counts as an alarm
-                    ) -> list[Metric]:
+                    ) -> list[Metric]:  # in the order in which tables show them
     "Collect every metric that the arguments allow."
     y, answers, every = preds.require_y("a group audit"), preds.answers, np.ones(len(preds), dtype=bool)
     alarm = alarm_label(preds, positive)
@@ -125,10 +125,10 @@ def standard_metrics(preds: Predictions,
     return [*found, Metric("expected cost", row_costs(decisions.action, y, decisions.costs, decisions.abstain_cost), every)]
 
 # %% ../../nbs/audit/204_measures.ipynb #chosen
-def chosen(metrics: Sequence[Metric],
+def chosen(metrics: Sequence[Metric],  # to pick from, such as those of `standard_metrics`
            names: Sequence[str | Metric] | None,  # names among them, and metrics of your own; None: all
-          ) -> list[Metric]:
-    "Pick metrics by name."
+          ) -> list[Metric]:  # in the order of `names`
+    "Pick metrics by name; raise ConfigurationError for an unknown one."
     if names is None: return list(metrics)
     known = {m.name: m for m in metrics}
     for name in names:

@@ -17,7 +17,7 @@ from ..uncertainty.metrics import Estimate
 def discordant(first: ArrayLike,  # bool, shape [n]
                second: ArrayLike,  # bool, of the same rows, shape [n]
               ) -> tuple[int, int]:  # rows true only in the first, rows true only in the second
-    "Count the pairs that differ."
+    "Count the pairs that differ; raise DataError for anything but two bool vectors of one length."
     a, b = np.asarray(first), np.asarray(second)
     if a.shape != b.shape or a.ndim != 1 or a.dtype != bool or b.dtype != bool:
         raise DataError(f"pairs must be two bool vectors of one length, got {a.dtype} {a.shape} and {b.dtype} {b.shape}")
@@ -27,7 +27,7 @@ def discordant(first: ArrayLike,  # bool, shape [n]
 def mcnemar(b: int,  # rows true only in the first
             c: int,  # rows true only in the second
            ) -> float:  # p-value, two-sided and exact
-    "Test whether changes are as frequent in both directions."
+    "Test exactly whether changes are as frequent in both directions (McNemar, 1947); raise DataError for negative counts."
     if b < 0 or c < 0: raise DataError(f"counts must be 0 or more, got {b} and {c}")
     return 1.0 if b + c == 0 else float(binomtest(b, b + c, 0.5).pvalue)
 
@@ -37,7 +37,7 @@ def paired_rate_gap(b: int,  # rows true only in the first
                     n: int,  # pairs
                     level: float = 0.95,  # confidence of the interval
                    ) -> Estimate:  # share of the second minus share of the first
-    "Bound the difference of two shares of the same rows."
+    "Bound the difference of two shares of the same rows (Bonett and Price, 2012); raise DataError for counts that are none."
     if not 0 <= b + c <= n or min(b, c) < 0: raise DataError(f"{b} and {c} of {n} pairs are no counts")
     if n == 0: return Estimate(np.nan, -1.0, 1.0, 0, "gap", "Bonett-Price", level)
     p, q = (b + 1) / (n + 2), (c + 1) / (n + 2)
@@ -49,7 +49,7 @@ def paired_mean_gap(first: ArrayLike,  # an amount per row, shape [n]
                     second: ArrayLike,  # of the same rows, shape [n]
                     level: float = 0.95,  # confidence of the interval
                    ) -> Estimate:  # mean of the second minus mean of the first
-    "Bound the difference of two means of the same rows."
+    "Bound the difference of two means of the same rows by Student's interval; raise DataError for other lengths."
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if a.shape != b.shape or a.ndim != 1: raise DataError(f"pairs must be two vectors of one length, got {a.shape} and {b.shape}")
     d, n = b - a, len(a)
@@ -61,7 +61,7 @@ def paired_mean_gap(first: ArrayLike,  # an amount per row, shape [n]
 # %% ../../nbs/audit/260_pairs.ipynb #holm
 def holm(p: ArrayLike,  # p-values, shape [m]
         ) -> np.ndarray:  # corrected, in the same order, shape [m]
-    "Correct p-values for their number."
+    "Correct p-values for their number (Holm, 1979)."
     p = np.asarray(p, dtype=float)
     order, out = np.argsort(p, kind="stable"), np.ones(len(p))
     out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)

@@ -30,7 +30,7 @@ CRITERIA = {"demographic parity": ("selection rate",), "equal opportunity": ("TP
             "predictive parity": ("PPV",), "calibration within groups": ("ECE",), "coverage parity": ("coverage",)}
 
 # %% ../../nbs/audit/216_parity.ipynb #pairs
-def pairs_of(e: Ends,
+def pairs_of(e: Ends,  # rates of G groups, or calibration errors: between 0 and 1
              n: np.ndarray,  # denominators, shape [G]
              least: int = 10,  # rows without which nothing is proved
             ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # size, low, high [P], pair [P, 2]
@@ -66,7 +66,7 @@ def parity_verdict(low: float, high: float,  # ends of the interval of the large
 
 # %% ../../nbs/audit/216_parity.ipynb #differs
 def largest_difference(tallies: Mapping[str, Tally],  # metric -> its sums by group
-                       groups: Sequence[str],
+                       groups: Sequence[str],  # names of the G groups, in the order of the tallies
                        level: float = 0.95,  # confidence of the interval
                        least: int = 10,  # rows without which nothing is proved
                       ) -> tuple[Estimate | None, str, tuple[str, ...]]:  # estimate, where, groups that are unknown
@@ -86,7 +86,7 @@ def largest_difference(tallies: Mapping[str, Tally],  # metric -> its sums by gr
 
 # %% ../../nbs/audit/216_parity.ipynb #calibrated
 def largest_error(t: Tally,  # sums of a calibration error
-                  groups: Sequence[str],
+                  groups: Sequence[str],  # names of the G groups, in the order of the tally
                   level: float = 0.95,  # confidence of the interval
                   least: int = 10,  # rows without which nothing is proved
                  ) -> tuple[Estimate | None, str, tuple[str, ...]]:  # estimate, where, groups that are unknown
@@ -102,14 +102,14 @@ def largest_error(t: Tally,  # sums of a calibration error
 def implied_fpr(base: float,  # share of the truly positive in a group
                 ppv: float,  # share of alarms that are right
                 tpr: float,  # share of the truly positive that raise the alarm
-               ) -> float:
-    "Derive the false-positive rate from base rate, PPV and TPR."
+               ) -> float:  # above 1 where base rate, PPV and TPR exclude each other
+    "Derive the false-positive rate from base rate, PPV and TPR (Chouldechova, 2017)."
     return base / (1 - base) * (1 - ppv) / ppv * tpr
 
 def impossibility(base: Tally,  # base rate by group
                   ppv: float,  # over all rows
                   tpr: float,  # over all rows
-                  groups: Sequence[str],
+                  groups: Sequence[str],  # names of the G groups, in the order of the tally
                   least: int = 10,  # rows without which nothing is proved
                  ) -> str:  # "" where base rates do not clearly differ
     "Say that predictive parity and equalised odds exclude each other, where base rates differ."
@@ -138,16 +138,20 @@ class Parity:
     def details(self) -> pd.DataFrame:
         "Add where the largest difference is, and which groups are unknown."
         return self.to_frame().assign(where=[r.where for r in self.rows], unknown=[", ".join(r.unknown) for r in self.rows])
-    def to_csv(self) -> str: return csv_text(self.details())
-    def to_markdown(self) -> str: return markdown_table(self.details())
+    def to_csv(self) -> str:
+        "Write the notions with their details as CSV that a spreadsheet cannot run."
+        return csv_text(self.details())
+    def to_markdown(self) -> str:
+        "Write the notions with their details as a Markdown table."
+        return markdown_table(self.details())
     def _repr_html_(self) -> str:
         return styled(html_table(self.details()) + html_table(pd.DataFrame({"to know": list(self.notices)})))
     def __str__(self) -> str: return "\n".join([self.details().round(3).to_string(index=False), *self.notices])
 
 # %% ../../nbs/audit/216_parity.ipynb #one
-def parity_row(criterion: str,
+def parity_row(criterion: str,  # one of CRITERIA
                tallies: Mapping[str, Tally],  # metric -> its sums by group
-               g: Grouping,
+               g: Grouping,  # the column, and the names of its groups
                tolerance: float,  # largest difference that still counts as equal
                level: float = 0.95,  # confidence of the interval
                least: int = 10,  # rows without which nothing is proved
@@ -162,14 +166,14 @@ def parity_row(criterion: str,
 # %% ../../nbs/audit/216_parity.ipynb #parity
 def parity(preds: Predictions,  # rows with their true labels and group columns
            by: By,  # a column, several, tuples of columns to cross; as keys: with the groups to declare
-           sets: ConformalClassifier | PredictionSets | None = None,
+           sets: ConformalClassifier | PredictionSets | None = None,  # fitted, or predicted for these rows; without, coverage parity is left out
            positive: str | int | None = None,  # label that counts as an alarm; None: the second of two
            tolerance: float = 0.05,  # largest difference that still counts as equal
            tolerances: Mapping[str, float] | None = None,  # tolerances that differ, by name of the criterion
            level: float = 0.95,  # confidence of the intervals
            least: int = 10,  # rows without which nothing is proved
           ) -> Parity:
-    "Hold a system to six notions of equal treatment."
+    "Hold a system to six notions of equal treatment; raise DataError without group columns."
     if preds.groups is None: raise DataError("the predictions have no group columns", fix="give groups= to Predictions")
     metrics = {m.name: m for m in standard_of(preds, sets, None, positive)}
     asked = {c: names for c, names in CRITERIA.items() if set(names) <= set(metrics)}

@@ -57,8 +57,8 @@ from fine_tune_llm.audit.findings import (
 )
 
 # %% ../../nbs/audit/240_report.ipynb #verdicts
-def verdicts_of(findings: Sequence[Finding],
-                rows: Sequence[GroupRow],
+def verdicts_of(findings: Sequence[Finding],  # about all rows; those without a promise are left out
+                rows: Sequence[GroupRow],  # comparisons of groups
                ) -> dict[str, str]:  # name of the check -> verdict
     "Collect the verdict of each check."
     columns = Counter(g for _, g in {(r.column, r.group) for r in rows})
@@ -85,12 +85,12 @@ def headline(verdicts: Mapping[str, str],  # name of the check -> verdict
     return f"{len(failed)} of {m} checks fail{'s' * (len(failed) == 1)}: {names}{rest}"
 
 # %% ../../nbs/audit/240_report.ipynb #limits
-def limits_of(preds: Predictions,
+def limits_of(preds: Predictions,  # the audited rows: their ledger says whether training rows are known
               given: Mapping[str, bool],  # what was passed: "sets", "fitted sets", "policy", "groups", "before"
               checks: int,  # findings about all rows that carry a verdict
               comparisons: int = 0,  # between groups, judged together
               crossed: bool = False,  # whether groups of several columns were compared
-             ) -> tuple[str, ...]:
+             ) -> tuple[str, ...]:  # sentences for the end of the report
     "List what the audit did not check."
     absent = {"sets": "No prediction sets were given, so no coverage was checked.",
               "policy": "No decision policy was given, so no risk and no cost was checked.",
@@ -111,9 +111,9 @@ def limits_of(preds: Predictions,
             "The true labels were taken as they are; errors in them count as errors of the model.")
 
 # %% ../../nbs/audit/240_report.ipynb #provenance
-def provenance_of(preds: Predictions,
+def provenance_of(preds: Predictions,  # the audited rows
                   used: Mapping[str, frozenset[str]],  # stage -> ids of the rows that it used
-                 ) -> dict[str, str]:
+                 ) -> dict[str, str]:  # what is named -> words; ids only as their hash
     "Tie a report to its rows and to the software that made it."
     rows = hashlib.sha256("\0".join(sorted(map(str, preds.ids))).encode()).hexdigest()
     software = ", ".join(f"{p} {version(p)}" for p in ("fine_tune_llm", "numpy", "scipy", "pandas"))
@@ -141,12 +141,18 @@ class AuditReport:
     provenance: Mapping[str, str]  # where the numbers come from
 
     @property
-    def verdict(self) -> str: return worst(verdicts_of(self.summary, self.rows).values())
+    def verdict(self) -> str:
+        'Give the worst verdict of all checks: "fail", "not enough evidence" or "pass".'
+        return worst(verdicts_of(self.summary, self.rows).values())
     @property
-    def title(self) -> str: return headline(verdicts_of(self.summary, self.rows))
+    def title(self) -> str:
+        "State in one sentence what the checks come to."
+        return headline(verdicts_of(self.summary, self.rows))
 
     @property
-    def findings(self) -> tuple[Finding, ...]: return self.summary
+    def findings(self) -> tuple[Finding, ...]:
+        "Give the findings about all rows: `summary` by its other name."
+        return self.summary
     def to_frame(self, gaps: bool = False,  # add hits, gap, its interval and the tolerance
                 ) -> pd.DataFrame:
         "Lay out findings, as group (all), and groups: metric, group, estimate, low, high, n, verdict."
@@ -154,19 +160,23 @@ class AuditReport:
     def to_dict(self) -> dict[str, Any]:
         "Give everything as plain values for JSON; what is not finite becomes None."
         return {"kind": "audit", "version": 1, "verdict": self.verdict, "title": self.title, **plain(asdict(self))}
-    def save(self, path: str | Path) -> None:
-        "Write report.html, for people, or report.json, for programs."
+    def save(self, path: str | Path,  # ends in .html or .json
+            ) -> None:
+        "Write report.html, for people, or report.json, for programs; raise ConfigurationError for any other suffix."
         write_report(self, Path(path))
     def verify(self, path: str | Path | None = None,  # a report.json; None: look at the report alone
               ) -> tuple[str, ...]:  # what is wrong, in words; empty if nothing is
         "Name each verdict that does not follow from its numbers, and whatever a saved report says otherwise."
         return tuple(contradictions(self) + ([] if path is None else differences(load_json(path), self.to_dict())))
-    def panel(self, **beside: Any) -> Any: return open_audit_panel(self, **beside)  # preds=, slices=, dossier=
+    def panel(self, **beside: Any,  # preds=, slices=, dossier=: what to show with it
+             ) -> Any:  # a widget
+        "Open the report with controls; raise AuditError where no panel is installed."
+        return open_audit_panel(self, **beside)
     def __str__(self) -> str: return text_report(self)
     def _repr_html_(self) -> str: return styled(html_report(self))
 
 # %% ../../nbs/audit/240_report.ipynb #frame
-def report_frame(r: AuditReport,
+def report_frame(r: AuditReport,  # from `audit`
                  gaps: bool = False,  # add hits, gap, its interval and the tolerance
                 ) -> pd.DataFrame:
     "Lay out findings about all rows and comparisons of groups in one table."
@@ -178,10 +188,10 @@ def report_frame(r: AuditReport,
     return pd.concat([frame, rows], ignore_index=True) if len(rows) else frame
 
 # %% ../../nbs/audit/240_report.ipynb #panel
-def open_audit_panel(report: AuditReport,
+def open_audit_panel(report: AuditReport,  # what the panel shows; it computes nothing anew
                      **beside: Any,  # preds=, the audited rows; slices=, of `find_slices`; dossier=
                     ) -> Any:  # a widget
-    "Open a report with controls in a notebook."
+    "Open a report with controls in a notebook; raise AuditError where no panel is installed."
     found = list(entry_points(group="fine_tune_llm.panels", name="audit"))
     if not found:
         raise AuditError("no panel is registered for audits", where="entry points fine_tune_llm.panels",
@@ -189,7 +199,8 @@ def open_audit_panel(report: AuditReport,
     return found[0].load()(report, **beside)
 
 # %% ../../nbs/audit/240_report.ipynb #verify
-def contradictions(r: AuditReport) -> list[str]:
+def contradictions(r: AuditReport,  # from `audit`, or rebuilt from a file
+                  ) -> list[str]:  # one sentence for each; empty if nothing is wrong
     "Name verdicts and intervals that contradict themselves."
     out = [f"{g.metric} of {g.column} = {g.group}: {g.verdict} does not follow from its gap" for g in r.rows
            if g.verdict not in (judged(g.gap, g.tolerance, g.sure), "not enough evidence")]
@@ -210,7 +221,8 @@ def differences(a: Any,  # as recorded, plain values
     return [] if same else [f"{path}: {str(a)[:60]} recorded, {str(b)[:60]} recomputed"]
 
 # %% ../../nbs/audit/240_report.ipynb #text
-def text_report(r: AuditReport) -> str:
+def text_report(r: AuditReport,  # from `audit`
+               ) -> str:  # findings, gaps of groups, and what was not checked
     "Write a report as plain text."
     out = [f"AUDIT, {r.verdict}: {r.title}", ""]
     for f in r.summary:
@@ -222,7 +234,8 @@ def text_report(r: AuditReport) -> str:
     return "\n".join([*out, "", "not checked", *(f"- {text}" for text in r.limits)])
 
 # %% ../../nbs/audit/240_report.ipynb #summary-html
-def summary_html(findings: Sequence[Finding]) -> str:
+def summary_html(findings: Sequence[Finding],  # about all rows
+                ) -> str:  # an HTML table
     "Lay out findings as a table."
     body = ""
     for f in findings:
@@ -253,7 +266,8 @@ def sections(r: AuditReport) -> dict[str, str]:  # heading -> HTML
     return {**out, "Where the numbers come from": f'<table class="where">{where}</table>'}
 
 # %% ../../nbs/audit/240_report.ipynb #html
-def html_report(r: AuditReport) -> str:
+def html_report(r: AuditReport,  # from `audit`
+               ) -> str:  # HTML that `page` wraps or a notebook shows
     "Write the body of the page."
     rows, model = r.summary[0].estimate, escape(cut(r.provenance["model"], 60))
     lead = (f'<div class="state">{chip(r.verdict)}<span>{escape(r.provenance["task"])}</span>'
@@ -261,10 +275,10 @@ def html_report(r: AuditReport) -> str:
     parts = "".join(f"<section><h2>{name}</h2>{body}</section>" for name, body in sections(r).items())
     return f"<style>{STYLE}</style><h1>{escape(r.title)}</h1>{lead}{parts}"
 
-def write_report(r: AuditReport,
+def write_report(r: AuditReport,  # from `audit`
                  path: Path,  # ends in .html or .json
                 ) -> None:
-    "Write a report as one file, complete or not at all."
+    "Write a report as one file, complete or not at all; raise ConfigurationError for any other suffix."
     if path.suffix not in (".html", ".json"):
         raise ConfigurationError(f"cannot write a report as {path.suffix or 'a file without a suffix'}",
                                  where=str(path), fix="use .html or .json")
@@ -275,20 +289,20 @@ def write_report(r: AuditReport,
     os.replace(part, path)
 
 # %% ../../nbs/audit/240_report.ipynb #same-rows
-def same_rows(preds: Predictions,
-              other: Predictions | PredictionSets,
+def same_rows(preds: Predictions,  # the audited rows
+              other: Predictions | PredictionSets,  # what must have the same ids in the same order
               name: str,  # of the argument, for the message
              ) -> None:
-    "Check that two results are about the same rows."
+    "Refuse results that are about other rows with DataError."
     if not np.array_equal(preds.ids, other.ids):
         raise DataError(f"{name}= holds other rows than the predictions, or the same in another order",
                         fix="make both from one test set")
 
 # %% ../../nbs/audit/240_report.ipynb #parts
-def calibration_part(preds: Predictions,
+def calibration_part(preds: Predictions,  # test rows with their true labels, calibrated
                      before: Predictions | None,  # the same rows before calibration
                      tolerance: float,  # ECE that still counts as calibrated
-                    ) -> tuple[list[Finding], tuple[Reliability, ...]]:
+                    ) -> tuple[list[Finding], tuple[Reliability, ...]]:  # accuracy, NLL and ECE; bins before (if given) and after
     "Measure accuracy and calibration, before and after."
     y, after = preds.require_y("the audit"), ece(preds)
     now = mass_bins(preds.confidence, preds.answers == y, after,
@@ -299,7 +313,9 @@ def calibration_part(preds: Predictions,
     was = nll(old), ece(old)
     return basic_findings(preds, after, tolerance, was), (mass_bins(old.confidence, old.answers == y, was[1],
                                                                     "Before calibration"), now)
-def predicted(preds: Predictions, sets: ConformalClassifier | PredictionSets | None) -> PredictionSets | None:
+def predicted(preds: Predictions,  # the audited rows
+              sets: ConformalClassifier | PredictionSets | None,  # fitted; or of the same rows already; None: no sets
+             ) -> PredictionSets | None:
     "Give the prediction sets of the audited rows."
     if sets is None: return None
     found = sets if isinstance(sets, PredictionSets) else sets.predict(preds)
@@ -307,10 +323,10 @@ def predicted(preds: Predictions, sets: ConformalClassifier | PredictionSets | N
     return found
 
 # %% ../../nbs/audit/240_report.ipynb #columns
-def named_groups(preds: Predictions,
+def named_groups(preds: Predictions,  # the audited rows, with their group columns
                  groups: By,  # columns; a tuple is crossed; as keys: with groups
-                ) -> list[Grouping]:
-    "Find the group of each row, column by column."
+                ) -> list[Grouping]:  # one per column or crossing; none where none was named
+    "Find the group of each row, column by column; raise DataError without group columns."
     if not groups: return []
     if preds.groups is None:
         first = groups if isinstance(groups, str) else next(iter(groups))
@@ -318,13 +334,13 @@ def named_groups(preds: Predictions,
     return groupings(preds.groups, groups)
 
 # %% ../../nbs/audit/240_report.ipynb #rates
-def compared_groups(preds: Predictions,
-                    found: PredictionSets | None,
+def compared_groups(preds: Predictions,  # test rows with their true labels
+                    found: PredictionSets | None,  # prediction sets of the same rows
                     action: np.ndarray | None,  # what the policy did, -1 = abstained, shape [n]
-                    resolved: Sequence[Grouping],
+                    resolved: Sequence[Grouping],  # group of each row, column by column
                     metrics: Sequence[str | Metric],  # more to compare, by name or as they are
-                   ) -> list[Compared]:
-    "Add up what a decision system does in each group."
+                   ) -> list[Compared]:  # metric by metric, column by column
+    "Add up what a decision system does in each group; raise DataError for more than 500 comparisons."
     y = preds.require_y("the audit")
     own = decision_metrics(y, preds.answers, None if found is None else found.matrix, action)
     more = [m for m in metrics if not isinstance(m, str) or m not in {o.name for o in own}]
@@ -336,9 +352,9 @@ def compared_groups(preds: Predictions,
     return [compared(m, g) for m in rates for g in resolved]
 
 # %% ../../nbs/audit/240_report.ipynb #notes
-def notes_of(sets: PredictionSets | None,
-             policy: DecisionPolicy | None,
-             rows: Sequence[GroupRow],
+def notes_of(sets: PredictionSets | None,  # of the audited rows; None: no sets
+             policy: DecisionPolicy | None,  # fitted; None: no policy
+             rows: Sequence[GroupRow],  # comparisons of groups, maybe none
             ) -> dict[str, str]:  # figure -> what stands below its title
     "Say in words what each figure rests on."
     sure = next((r.sure for r in rows if r.sure), None)
@@ -364,7 +380,7 @@ def audit(preds: Predictions,  # test rows with their true labels, calibrated
           metrics: Sequence[str | Metric] = (),  # more to compare between groups, by name or as they are
           tolerances: float | Mapping[str, float] | None = None,  # tolerances that differ, by name of the metric
          ) -> AuditReport:
-    "Hold a system against its promises on rows that nothing else has used."
+    "Hold a system against its promises on rows that nothing else has used; raise OverlapError, DataError or TooFewRowsError otherwise."
     tolerance, tolerances = (tolerances, None) if isinstance(tolerances, float | int) else (tolerance, tolerances)
     used = ledger(preds, {"conformal calibration": sets, "decision policy": policy})
     y, resolved, found = require_test_rows(preds, used), named_groups(preds, groups), predicted(preds, sets)

@@ -22,24 +22,32 @@ from ..core.errors import ConfigurationError, DataError
 from ..core.figures import styled
 from ..core.labels import Labels
 from ..uncertainty.metrics import Estimate, clopper_pearson
-from ..uncertainty.predictions import Predictions
+from ..uncertainty.predictions import Predictions, true_classes
 
 # %% ../../nbs/audit/266_robustness.ipynb #changes
 Change = Callable[[str, np.random.Generator], str]
 
-def upper(text: str, rng: np.random.Generator) -> str:
+def upper(text: str,  # of one row
+          rng: np.random.Generator,  # not used; each change takes one
+         ) -> str:
     "Write everything in capitals."
     return text.upper()
 
-def lower(text: str, rng: np.random.Generator) -> str:
+def lower(text: str,  # of one row
+          rng: np.random.Generator,  # not used; each change takes one
+         ) -> str:
     "Write everything in small letters."
     return text.lower()
 
-def spaces(text: str, rng: np.random.Generator) -> str:
+def spaces(text: str,  # of one row
+           rng: np.random.Generator,  # not used; each change takes one
+          ) -> str:
     "Double every space, and add one at the end."
     return re.sub(r" ", "  ", text) + " "
 
-def typos(text: str, rng: np.random.Generator) -> str:
+def typos(text: str,  # of one row
+          rng: np.random.Generator,  # chooses the words and the letters
+         ) -> str:
     "Swap two neighbouring letters in about one word of ten, at least in one."
     slips = [[m.start() + i for i in range(1, len(m[0]) - 2) if m[0][i] != m[0][i + 1]] for m in re.finditer(r"[^\W\d_]{4,}", text)]
     words = [places for places in slips if places]
@@ -53,13 +61,13 @@ CHANGES: dict[str, Change] = {"upper case": upper, "lower case": lower, "typing 
 # %% ../../nbs/audit/266_robustness.ipynb #terms
 def template(form: str,  # a sentence with {} where the text goes
             ) -> Change:
-    "Make a change that puts the text into a sentence."
+    "Make a change that puts the text into a sentence; raise ConfigurationError unless the form has one {}."
     if form.count("{}") != 1: raise ConfigurationError(f"a template needs one {{}}, got {form!r}", fix="write 'Please answer: {}'")
     return lambda text, rng: form.replace("{}", text)
 
 def swapped(pairs: Mapping[str, str],  # word -> word, exchanged in both directions
            ) -> Change:
-    "Make a change that exchanges words."
+    "Make a change that exchanges words; raise ConfigurationError for a word in two pairs."
     low = [(a.casefold(), b.casefold()) for a, b in pairs.items()]
     names = [w for pair in low for w in pair]
     if twice := sorted({w for w in names if names.count(w) > 1} | {a for a, b in low if a == b} | {w for w in names if not w.strip()}):
@@ -72,9 +80,9 @@ def swapped(pairs: Mapping[str, str],  # word -> word, exchanged in both directi
     return lambda text, rng: find.sub(other, text)
 
 # %% ../../nbs/audit/266_robustness.ipynb #ask
-def altered_texts(texts: Sequence[str],
-                  change: Change,
-                  seed: int,
+def altered_texts(texts: Sequence[str],  # n texts
+                  change: Change,  # one of CHANGES, or of your own
+                  seed: int,  # of the change's random numbers
                  ) -> tuple[np.ndarray, list[str]]:  # rows that changed, positions [m]; their new texts
     "Apply a change, and keep what it changed."
     rng = np.random.default_rng(seed)
@@ -82,8 +90,11 @@ def altered_texts(texts: Sequence[str],
     rows = np.array([i for i, (a, b) in enumerate(zip(texts, new)) if a != b], dtype=np.int64)
     return rows, [new[i] for i in rows]
 
-def asked_again(predict: Callable[[list[str]], Predictions], texts: list[str], labels: Labels) -> np.ndarray:  # answers, shape [m]
-    "Predict changed texts."
+def asked_again(predict: Callable[[list[str]], Predictions],  # texts -> predictions, in order
+                texts: list[str],  # m changed texts
+                labels: Labels,  # those that the answers must have
+               ) -> np.ndarray:  # answers, shape [m]
+    "Predict changed texts; raise DataError where the answers do not fit them."
     if not texts: return np.zeros(0, dtype=np.int64)
     found = predict(texts)
     if len(found) != len(texts): raise DataError(f"{len(found)} predictions for {len(texts)} texts", where="predict", fix="answer each text, in order")
@@ -94,18 +105,24 @@ def asked_again(predict: Callable[[list[str]], Predictions], texts: list[str], l
 @dataclass(frozen=True)
 class ChangeRow:
     "Hold what one change did to the answers."
-    change: str
+    change: str  # its name
     flips: Estimate  # share of answers that changed
     gap: Estimate  # accuracy after minus accuracy before, on the changed rows
     p: float  # exact McNemar, corrected for the number of changes
     verdict: str  # "pass", "fail" or "not enough evidence"
 
-def share(k: int, n: int, level: float = 0.95) -> Estimate:
+def share(k: int,  # answers that changed, 0 to n
+          n: int,  # answers asked for twice
+          level: float = 0.95,  # confidence of the interval, at least
+         ) -> Estimate:
     "Estimate a share with an interval that is never too short."
     low, high = clopper_pearson(k, n, level) if n else (0.0, 1.0)
     return Estimate(k / n if n else np.nan, low, high, n, "flips", "Clopper-Pearson", level)
 
-def change_verdict(gap: Estimate, p: float, tolerance: float) -> str:
+def change_verdict(gap: Estimate,  # accuracy after minus accuracy before
+                   p: float,  # already corrected for the number of changes
+                   tolerance: float,  # loss of accuracy that still counts as robust
+                  ) -> str:  # "pass", "fail" or "not enough evidence"
     "Judge what a change costs."
     if gap.low >= -tolerance: return "pass"
     return "fail" if p <= 0.05 and gap.value < -tolerance else "not enough evidence"
@@ -114,15 +131,19 @@ def change_verdict(gap: Estimate, p: float, tolerance: float) -> str:
 @dataclass(frozen=True)
 class RobustnessReport:
     "Hold what each change did."
-    rows: tuple[ChangeRow, ...]
+    rows: tuple[ChangeRow, ...]  # in the order of the changes
     tolerance: float  # loss of accuracy that still counts as robust
 
     def to_frame(self) -> pd.DataFrame:
         "Lay out change, n, flips, flips_low, flips_high, gap, low, high, p, verdict."
         return pd.DataFrame([{"change": r.change, "n": r.gap.n, "flips": r.flips.value, "flips_low": r.flips.low, "flips_high": r.flips.high,
                               "gap": r.gap.value, "low": r.gap.low, "high": r.gap.high, "p": r.p, "verdict": r.verdict} for r in self.rows])
-    def to_markdown(self) -> str: return markdown_table(self.to_frame())
-    def to_csv(self) -> str: return csv_text(self.to_frame())
+    def to_markdown(self) -> str:
+        "Write what each change did as a Markdown table."
+        return markdown_table(self.to_frame())
+    def to_csv(self) -> str:
+        "Write what each change did as CSV that a spreadsheet cannot run."
+        return csv_text(self.to_frame())
     def __str__(self) -> str: return self.to_frame().round(3).to_string(index=False)
     def _repr_html_(self) -> str: return styled(html_table(self.to_frame()))
 
@@ -134,13 +155,13 @@ def robustness(predict: Callable[[list[str]], Predictions],  # texts -> predicti
                tolerance: float = 0.05,  # loss of accuracy that still counts as robust
                seed: int = 0,  # of the typing errors
               ) -> RobustnessReport:
-    "Change what should not matter, ask again, and compare pair by pair."
-    texts, y = list(texts), np.asarray(y)
-    if len(texts) != len(y): raise DataError(f"{len(texts)} texts for {len(y)} true classes", fix="give one of each per row")
+    "Change what should not matter, ask again, and compare pair by pair; raise DataError or ConfigurationError for what does not fit."
+    texts = list(texts)
+    if np.shape(y) != (len(texts),): raise DataError(f"{len(texts)} texts for {np.size(y)} true classes", fix="give one of each per row")
     if not 0 < tolerance < 1: raise ConfigurationError(f"tolerance must lie between 0 and 1, got {tolerance}", fix="0.05 stands for 5 points")
     base = predict(texts)
     if len(base) != len(texts): raise DataError(f"{len(base)} predictions for {len(texts)} texts", where="predict", fix="answer each text, in order")
-    found = []
+    y, found = true_classes(y, len(texts), len(base.labels)), []
     for name, change in changes.items():
         rows, new = altered_texts(texts, change, seed)
         before, after = base.answers[rows], asked_again(predict, new, base.labels)
@@ -156,12 +177,13 @@ def invariance(predict: Callable[[list[str]], Predictions],  # texts -> predicti
                group: pd.Series | None = None,  # group of each text, n values; None: all are one
                tolerance: float = 0.05,  # share of flips that still counts as invariant
               ) -> pd.DataFrame:  # group, flips, low, high, n, verdict
-    "Count by group the answers that a change flips."
+    "Count by group the answers that a change flips; raise DataError where the groups do not fit the texts."
     texts = list(texts)
     masks = {"(all)": np.ones(len(texts), dtype=bool), **({} if group is None else group_masks(group))}
     if any(len(m) != len(texts) for m in masks.values()): raise DataError(f"{len(texts)} texts for {len(group if group is not None else ())} groups", fix="give one per text")
     rows, new = altered_texts(texts, change, 0)
     base = predict([texts[i] for i in rows]) if len(rows) else None
+    if base is not None and len(base) != len(rows): raise DataError(f"{len(base)} predictions for {len(rows)} texts", where="predict", fix="answer each text, in order")
     flipped = np.zeros(0, dtype=bool) if base is None else base.answers != asked_again(predict, new, base.labels)
     def row(name: str, mask: np.ndarray) -> dict[str, object]:
         e = share(int(flipped[mask[rows]].sum()), int(mask[rows].sum()), 1 - 0.05 / len(masks))

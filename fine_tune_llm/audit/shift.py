@@ -33,7 +33,7 @@ def share_shift(old: ArrayLike,  # rows of each class, shape [K]
                 new: ArrayLike,  # rows of each class, shape [K]
                 level: float = 0.95,  # confidence of the interval, at least
                ) -> Estimate:  # total variation, 0 to 1
-    "Measure how far shares have moved."
+    "Measure how far shares have moved (bound: Weissman and others, 2003); raise TooFewRowsError for an empty sample."
     a, b = np.asarray(old, dtype=float), np.asarray(new, dtype=float)
     n, m, k = a.sum(), b.sum(), max(len(a), 2)
     if min(n, m) < 1: raise TooFewRowsError(0, 1, "a comparison of shares")
@@ -53,9 +53,9 @@ def stability_index(old: ArrayLike,  # rows of each class, shape [K]
 # %% ../../nbs/audit/262_shift.ipynb #permute
 def share_p_value(old: ArrayLike,  # rows of each class, whole numbers, shape [K]
                   new: ArrayLike,  # rows of each class, whole numbers, shape [K]
-                  deals: int = 1999,
-                  seed: int = 0,
-                 ) -> float:
+                  deals: int = 1999,  # random deals of the pooled rows; the p-value is at least 1/(deals + 1)
+                  seed: int = 0,  # of the deals
+                 ) -> float:  # share of deals that move as far, the observed one counted
     "Test by permutation whether shares moved."
     a, b = np.asarray(old, dtype=np.int64), np.asarray(new, dtype=np.int64)
     n, m, pool = a.sum(), b.sum(), a + b
@@ -68,7 +68,7 @@ def value_shift(old: ArrayLike,  # numbers, shape [n]
                 new: ArrayLike,  # numbers, shape [m]
                 level: float = 0.95,  # confidence of the interval, at least
                ) -> tuple[Estimate, float]:  # Kolmogorov-Smirnov distance, 0 to 1; p-value
-    "Measure how far numbers have moved."
+    "Measure how far numbers have moved (bound: Massart, 1990); raise TooFewRowsError for an empty sample, DataError for no number."
     a, b = np.asarray(old, dtype=float), np.asarray(new, dtype=float)
     if min(len(a), len(b)) < 1: raise TooFewRowsError(0, 1, "a comparison of numbers")
     if not (np.isfinite(a).all() and np.isfinite(b).all()): raise DataError("numbers that are not finite cannot be compared")
@@ -85,18 +85,25 @@ class ShiftRow:
     p: float  # corrected for the number of rows
     verdict: str  # "pass", "fail" or "not enough evidence"
 
-def shift_verdict(effect: Estimate, p: float, tolerance: float) -> str:
+def shift_verdict(effect: Estimate,  # total variation or KS distance, 0 to 1
+                  p: float,  # already corrected for the number of rows
+                  tolerance: float,  # effect that still counts as the same, 0 to 1
+                 ) -> str:  # "pass", "fail" or "not enough evidence"
     "Judge effect size and p-value together."
     if effect.high <= tolerance: return "pass"
     return "fail" if p <= 0.05 and effect.value > tolerance else "not enough evidence"
 
-def counts_of(a: pd.Series, b: pd.Series) -> tuple[np.ndarray, np.ndarray]:  # rows of each value, both [K]
+def counts_of(a: pd.Series,  # a value per row of the first; missing ones are a value
+              b: pd.Series,  # a value per row of the second
+             ) -> tuple[np.ndarray, np.ndarray]:  # rows of each value, both [K]
     "Count the values of two columns."
     groups, codes = group_codes(pd.concat([a, b], ignore_index=True), most=10_000)
     return np.bincount(codes[:len(a)], minlength=len(groups)), np.bincount(codes[len(a):], minlength=len(groups))
 
 # %% ../../nbs/audit/262_shift.ipynb #collect
-def moved_shares(old: Predictions, new: Predictions) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # what -> rows of each class, both [K]
+def moved_shares(old: Predictions,  # one sample
+                 new: Predictions,  # the other, by the same model, with the same labels
+                ) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # what -> rows of each class, both [K]
     "Count what can be counted in both samples."
     k, out = len(old.labels), {}
     if old.y is not None and new.y is not None: out["labels"] = np.bincount(old.y, minlength=k), np.bincount(new.y, minlength=k)
@@ -104,7 +111,9 @@ def moved_shares(old: Predictions, new: Predictions) -> dict[str, tuple[np.ndarr
     shared = [] if old.groups is None or new.groups is None else [c for c in old.groups if c in new.groups]
     return {**out, **{str(c): counts_of(old.groups[c], new.groups[c]) for c in shared}}
 
-def moved_values(old: Predictions, new: Predictions) -> dict[str, tuple[Any, Any]]:  # what -> numbers of both
+def moved_values(old: Predictions,  # one sample
+                 new: Predictions,  # the other, by the same model
+                ) -> dict[str, tuple[Any, Any]]:  # what -> numbers of both
     "Collect what can be ordered in both samples."
     out: dict[str, tuple[Any, Any]] = {"confidence": (old.confidence, new.confidence)}
     if old.texts is not None and new.texts is not None: out["words"] = [len(t.split()) for t in old.texts], [len(t.split()) for t in new.texts]
@@ -114,15 +123,19 @@ def moved_values(old: Predictions, new: Predictions) -> dict[str, tuple[Any, Any
 @dataclass(frozen=True)
 class ShiftReport:
     "Hold what moved between two samples."
-    rows: tuple[ShiftRow, ...]
+    rows: tuple[ShiftRow, ...]  # labels, answers and columns; then confidence and words
     tolerance: float  # effect that still counts as the same
 
     def to_frame(self) -> pd.DataFrame:
         "Lay out what, effect, estimate, low, high, n, p, verdict."
         return pd.DataFrame([{"what": r.what, "effect": r.effect.name, "estimate": r.effect.value, "low": r.effect.low, "high": r.effect.high,
                               "n": r.effect.n, "p": r.p, "verdict": r.verdict} for r in self.rows])
-    def to_markdown(self) -> str: return markdown_table(self.to_frame())
-    def to_csv(self) -> str: return csv_text(self.to_frame())
+    def to_markdown(self) -> str:
+        "Write what moved as a Markdown table in which text is only text."
+        return markdown_table(self.to_frame())
+    def to_csv(self) -> str:
+        "Write what moved as CSV that a spreadsheet cannot run."
+        return csv_text(self.to_frame())
     def __str__(self) -> str: return self.to_frame().round(3).to_string(index=False)
     def _repr_html_(self) -> str: return styled(html_table(self.to_frame()))
 
@@ -131,7 +144,7 @@ def shift(old: Predictions,  # the sample on which promises were made
           tolerance: float = 0.1,  # effect that still counts as the same, 0 to 1
           seed: int = 0,  # of the permutations
          ) -> ShiftReport:
-    "Compare two samples, effect size first."
+    "Compare two samples, effect size first; raise DataError for other labels, ConfigurationError for a tolerance that is none."
     if tuple(old.labels) != tuple(new.labels): raise DataError("the samples have different labels", fix="use the same model for both")
     if not 0 < tolerance < 1: raise ConfigurationError(f"tolerance must lie between 0 and 1, got {tolerance}", fix="0.1 stands for 10 points")
     found = [(what, share_shift(a, b), share_p_value(a, b, seed=seed)) for what, (a, b) in moved_shares(old, new).items()]
@@ -147,7 +160,10 @@ def auc(old: np.ndarray,  # scores, shape [n]
     n, m = len(old), len(new)
     return float((rankdata(np.concatenate([old, new]))[n:].sum() - m * (m + 1) / 2) / (n * m))
 
-def learned_scores(train: Any, y: np.ndarray, test: Any) -> np.ndarray:
+def learned_scores(train: Any,  # texts, or a matrix [n, D]
+                   y: np.ndarray,  # which sample each is from, 0 or 1, shape [n]
+                   test: Any,  # m texts, or a matrix [m, D]
+                  ) -> np.ndarray:  # log odds of sample 1, shape [m]
     "Train a classifier on some rows, and score others."
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -162,7 +178,7 @@ def classifier_test(old: Sequence[str] | np.ndarray,  # n texts, or a matrix [n,
                     seed: int = 0,  # of the halves
                     level: float = 0.95,  # confidence of the interval
                    ) -> tuple[Estimate, float]:  # AUC on held-out rows; p-value
-    "Test whether a classifier can tell two samples apart."
+    "Test whether a classifier can tell two samples apart (Lopez-Paz and Oquab, 2017); raise TooFewRowsError under 20 rows."
     if min(len(old), len(new)) < 20: raise TooFewRowsError(min(len(old), len(new)), 20, "a classifier two-sample test")
     matrix = isinstance(old, np.ndarray) and old.ndim == 2
     rows = np.concatenate([old, new]) if matrix else np.array([*old, *new], dtype=object)
@@ -179,15 +195,15 @@ def classifier_test(old: Sequence[str] | np.ndarray,  # n texts, or a matrix [n,
     return Estimate(value, float(e.low[0]), float(e.high[0]), len(rows), "AUC", "Wilson on the smaller half", level), min(1.0, 2 * min(p))
 
 # %% ../../nbs/audit/262_shift.ipynb #monitor
-def coverage_monitor(sets: PredictionSets,
+def coverage_monitor(sets: PredictionSets,  # of the n rows, in any order
                      y: np.ndarray,  # true classes, shape [n]
                      batch: ArrayLike,  # batch of each row in the order of time: sortable, shape [n]
                      tolerance: float = 0.05,  # shortfall that still counts as kept
                     ) -> pd.DataFrame:  # batch, coverage, low, high, n, law_low, law_high, verdict
-    "Watch coverage batch by batch, with at most 5 % false alarms ever."
+    "Watch coverage batch by batch, with at most 5 % false alarms ever; raise DataError where lengths differ, OverlapError for calibration rows."
     when = np.asarray(batch)
     if not len(sets) == len(y) == len(when): raise DataError(f"{len(sets)} sets, {len(y)} true classes and {len(when)} batches", fix="give one of each per row")
-    hit, out = sets.matrix[np.arange(len(y)), y], []
+    hit, out = sets.hits(y), []
     for k, name in enumerate(np.unique(when), 1):
         rows = when == name
         e = rate(int(hit[rows].sum()), int(rows.sum()), "coverage")

@@ -90,7 +90,7 @@ def cluster_slices(embeddings: ArrayLike,  # a vector per row, shape [n, d]
                    k: int = 10,  # clusters
                    seed: int = 0,  # of the first centres
                   ) -> dict[str, np.ndarray]:  # name of the slice -> its rows, bool, shape [n]
-    "Slice rows by clusters of their embeddings."
+    "Slice rows by clusters of their embeddings; raise DataError where there is not one per row."
     from sklearn.cluster import KMeans
     x = np.asarray(embeddings, dtype=np.float32)
     if len(x) != len(search): raise DataError(f"{len(x)} embeddings for {len(search)} rows", fix="give one per row")
@@ -127,7 +127,9 @@ def worst_slices(loss: np.ndarray,  # of the searched rows, shape [n]
         elif len(kept) < most: kept.append((name, []))
     return kept
 
-def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+def jaccard(a: np.ndarray,  # rows of one slice, bool, shape [n]
+            b: np.ndarray,  # rows of the other, bool, shape [n]
+           ) -> float:  # 0 (nothing shared) to 1 (the same); 0 for two empty ones
     "Measure how far two sets of rows are the same."
     return float((a & b).sum() / max((a | b).sum(), 1))
 
@@ -148,7 +150,7 @@ def p_value(loss: np.ndarray,  # of the other half, bool (errors) or float, shap
 def adjusted(p: ArrayLike,  # p-values in the order of the search, shape [m]
              control: str = "holm",  # "holm": any false alarm; "bh": their expected share
             ) -> np.ndarray:  # p-values that may be held against 0.05 as they are, shape [m]
-    "Correct p-values for their number."
+    "Correct p-values for their number (Holm or Benjamini-Hochberg); raise ConfigurationError for another control."
     p = np.asarray(p, dtype=float)
     if control not in ("holm", "bh"): raise ConfigurationError(f"no control {control!r}", where="control", fix="use holm or bh")
     m, out = len(p), np.ones(len(p))
@@ -166,7 +168,7 @@ def adjusted(p: ArrayLike,  # p-values in the order of the search, shape [m]
 @dataclass(frozen=True)
 class SliceRow:
     "Hold what the other half says about one slice."
-    name: str
+    name: str  # what its rows have in common, as found in the search
     also: tuple[str, ...]  # other names for nearly the same rows
     searched: Estimate  # its gap to the rest on the searched half, which flatters the search
     loss: Estimate  # its mean loss on the other half
@@ -199,7 +201,9 @@ class SliceReport:
     metric: str  # what the loss is
 
     @property
-    def confirmed(self) -> tuple[SliceRow, ...]: return tuple(r for r in self.rows if r.verdict == "fail")
+    def confirmed(self) -> tuple[SliceRow, ...]:
+        "Give the slices whose higher loss the other half confirms."
+        return tuple(r for r in self.rows if r.verdict == "fail")
     @property
     def title(self) -> str:
         "State what was searched, tested and confirmed."
@@ -215,20 +219,24 @@ class SliceReport:
                 for r in self.rows]
         columns = ["metric", "group", "estimate", "low", "high", "n", "verdict", "gap", "gap_low", "gap_high", "p", "also"]
         return pd.DataFrame(rows, columns=columns)[columns if details else columns[:7]]
-    def to_csv(self) -> str: return csv_text(self.to_frame(details=True))
-    def to_markdown(self) -> str: return markdown_table(self.to_frame())
+    def to_csv(self) -> str:
+        "Write the slices with their details as CSV that a spreadsheet cannot run."
+        return csv_text(self.to_frame(details=True))
+    def to_markdown(self) -> str:
+        "Write the slices as a Markdown table in which text is only text."
+        return markdown_table(self.to_frame())
     def _repr_html_(self) -> str: return styled(f"<h3>{self.title}</h3>" + html_table(self.to_frame(details=True)))
     def __str__(self) -> str:
         return self.title + "\n" + self.to_frame(details=True).drop(columns=["metric", "low", "high", "also"]).round(3).to_string(index=False)
 
 # %% ../../nbs/audit/250_slices.ipynb #candidates
-def candidates_of(preds: Predictions,
+def candidates_of(preds: Predictions,  # n rows; their texts and group columns are sliced
                   search: np.ndarray,  # rows that may be looked at, bool, shape [n]
                   embeddings: ArrayLike | None = None,  # a vector per row, shape [n, d]
                   words: int = 200,  # words to slice by
                   least: int = 20,  # rows that a slice must have
                  ) -> dict[str, np.ndarray]:  # name of the slice -> its rows, bool, shape [n]
-    "Collect every slice that texts, columns, embeddings and answers allow."
+    "Collect every slice that texts, columns, embeddings and answers allow; raise DataError where there is nothing to slice by."
     out = {} if preds.groups is None else column_slices(preds.groups, search)
     if preds.texts is not None: out |= {**text_slices(preds.texts, search), **word_slices(preds.texts, search, words, least)}
     if embeddings is not None: out |= cluster_slices(embeddings, search)
@@ -247,7 +255,7 @@ def find_slices(preds: Predictions,  # rows with their true labels
                 least: int = 20,  # rows that a slice must have in each half
                 seed: int = 0,  # of the halves
                ) -> SliceReport:
-    "Search one half of the rows for the worst slices, and confirm them on the other."
+    "Search one half of the rows for the worst slices, and confirm them on the other; raise DataError or TooFewRowsError for unfit rows."
     n, own = len(preds), dict(slices or {})
     value = preds.answers != preds.require_y("slices") if loss is None else np.asarray(loss)
     if value.shape != (n,): raise DataError(f"a loss of shape {value.shape} for {n} rows", fix="give one number per row")

@@ -27,13 +27,21 @@ class Tally:
     units: np.ndarray | None = None  # independent rows that these are worth, shape [G]; None: all of them
 
     @property
-    def n(self) -> np.ndarray: return self.sums[0] if self.sums.ndim == 2 else self.sums[0].sum(axis=1)
+    def n(self) -> np.ndarray:
+        "Count the rows of each group that the metric counts, shape [G]."
+        return self.sums[0] if self.sums.ndim == 2 else self.sums[0].sum(axis=1)
     @property
-    def hits(self) -> np.ndarray: return self.sums[1] if self.sums.ndim == 2 else self.sums[1].sum(axis=1)
-    def whole(self) -> "Tally": return Tally(self.sums.sum(axis=1, keepdims=True))
-    def rest(self) -> "Tally": return Tally(self.sums.sum(axis=1, keepdims=True) - self.sums)
+    def hits(self) -> np.ndarray:
+        "Sum the events or amounts of each group, shape [G]."
+        return self.sums[1] if self.sums.ndim == 2 else self.sums[1].sum(axis=1)
+    def whole(self) -> "Tally":
+        "Add all groups up into one."
+        return Tally(self.sums.sum(axis=1, keepdims=True))
+    def rest(self) -> "Tally":
+        "Sum what lies outside of each group: all groups less that one."
+        return Tally(self.sums.sum(axis=1, keepdims=True) - self.sums)
 
-def tally(m: Metric,
+def tally(m: Metric,  # event or amount of n rows
           codes: np.ndarray,  # number of each row's group, shape [n]
           k: int,  # groups
          ) -> Tally:
@@ -48,7 +56,7 @@ def tally(m: Metric,
     return Tally(np.array([np.bincount(at, w, k * BINS).reshape(k, BINS) for w in (None, hit, said, said * said)]))
 
 # %% ../../nbs/audit/210_tallies.ipynb #ends
-def ends_of(s: Tally,
+def ends_of(s: Tally,  # of G groups
             kind: str,  # "rate", "mean" or "calibration error"
             level: float = 0.95,  # confidence of each interval
             exactly: bool = False,  # rates by Clopper and Pearson, instead of Wilson
@@ -65,12 +73,12 @@ def ends_of(s: Tally,
     return e, e
 
 # %% ../../nbs/audit/210_tallies.ipynb #cluster
-def clustered(m: Metric,
+def clustered(m: Metric,  # event or amount of n rows
               codes: np.ndarray,  # number of each row's group, shape [n]
               k: int,  # groups
               clusters: np.ndarray,  # number of each row's cluster, shape [n]
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # independent rows of each group, of its rest; correlation [G]
-    "Count how many independent rows the clustered ones are worth."
+    "Count how many independent rows the clustered ones are worth (design effect: Kish, 1965)."
     value = (m.hit.astype(np.float64) - m.said if m.said is not None else m.hit.astype(np.float64))[m.among]
     codes, clusters, c = codes[m.among], clusters[m.among], int(clusters.max()) + 1
     every = [np.bincount(clusters, w, c) for w in (value, None, value * value)]
@@ -99,8 +107,8 @@ def worth(sums: Sequence[np.ndarray],  # total, rows and squares of each cluster
 @dataclass(frozen=True, eq=False)
 class Compared:
     "Hold the sums of one metric in one grouping."
-    metric: Metric
-    grouping: Grouping
+    metric: Metric  # what was added up
+    grouping: Grouping  # which row belongs to which of the G groups
     own: Tally  # of each group
     rest: Tally  # of the rows outside it
     rho: np.ndarray  # correlation of the two estimates, shape [G]
@@ -109,11 +117,11 @@ class Compared:
         "Find the groups that have rows enough on both sides."
         return (self.own.n >= least) & (self.rest.n >= least)
 
-def compared(m: Metric,
-             g: Grouping,
+def compared(m: Metric,  # event or amount of n rows
+             g: Grouping,  # group of each of the same n rows
              clusters: np.ndarray | None = None,  # number of each row's cluster, shape [n]
             ) -> Compared:
-    "Add up a metric inside and outside of each group."
+    "Add up a metric inside and outside of each group; raise DataError where lengths differ."
     if len(m.among) != len(g.codes):
         raise DataError(f"{len(m.among)} rows for {len(g.codes)} rows of {g.column!r}", where=m.name, fix="give one value per row")
     own = tally(m, g.codes, len(g.groups))

@@ -20,7 +20,7 @@ from ..core.errors import ConfigurationError, DataError
 def inside(name: str,  # of the argument, for the message
            value: float,  # what was given
           ) -> float:  # the same value
-    "Refuse a share that does not lie strictly between 0 and 1."
+    "Refuse a share that does not lie strictly between 0 and 1 with ConfigurationError."
     if not 0 < value < 1: raise ConfigurationError(f"{name} must lie between 0 and 1, got {value}")
     return value
 
@@ -28,7 +28,7 @@ def inside(name: str,  # of the argument, for the message
 def counts(errors: ArrayLike,  # mistakes, integers
            n: ArrayLike,  # answers, integers of a shape that fits
           ) -> tuple[np.ndarray, np.ndarray]:  # the same, as arrays
-    "Check that mistakes and answers were counted."
+    "Check that mistakes and answers were counted; raise DataError for anything else."
     found, among = np.asarray(errors), np.asarray(n)
     if found.dtype.kind not in "iub" or among.dtype.kind not in "iu":
         raise DataError("mistakes and answers must be counts, not rates", where=f"types {found.dtype} and {among.dtype}",
@@ -51,7 +51,7 @@ def binomial_upper(errors: ArrayLike,  # mistakes, integers
                    n: ArrayLike,  # answers, integers of a shape that fits
                    delta: float = 0.05,  # probability that the risk is higher after all
                   ) -> np.ndarray:  # upper bounds on the risk, at most 1
-    "Bound a risk from above by counts of mistakes."
+    "Bound a risk from above by counts of mistakes (Clopper and Pearson, 1934)."
     found, among = counts(errors, n)
     bound = beta.isf(inside("delta", delta), found + 1, np.maximum(among - found, 1))
     return np.where(found == among, 1.0, bound)
@@ -59,7 +59,7 @@ def binomial_upper(errors: ArrayLike,  # mistakes, integers
 # %% ../../nbs/uncertainty/150_bounds.ipynb #losses
 def bounded(losses: ArrayLike,  # one loss per row, each between 0 and 1, shape [n]
            ) -> np.ndarray:  # float64, shape [n]
-    "Check losses that a bound may rest on."
+    "Check losses that a bound may rest on; raise DataError for one outside 0 to 1."
     x = np.asarray(losses, dtype=np.float64)
     if x.ndim != 1:
         raise DataError(f"losses have shape {x.shape}, not [n]", fix="give one loss per row, neither a sum nor a rate")
@@ -72,7 +72,7 @@ def bounded(losses: ArrayLike,  # one loss per row, each between 0 and 1, shape 
 def hoeffding_bentkus_p(losses: ArrayLike,  # one loss per row, each between 0 and 1, shape [n]
                         max_risk: float,  # mean loss that is to be ruled out, between 0 and 1
                        ) -> float:  # p-value, at most 1
-    "Test whether the mean loss exceeds `max_risk`, by the better of two inequalities."
+    "Test whether the mean loss exceeds `max_risk`, by the better of two inequalities (Angelopoulos et al., 2021)."
     x, r = bounded(losses), inside("max_risk", max_risk)
     if not len(x): return 1.0
     a = min(float(x.mean()), r)
@@ -83,7 +83,7 @@ def hoeffding_bentkus_p(losses: ArrayLike,  # one loss per row, each between 0 a
 def stakes(losses: np.ndarray,  # checked losses in their order, shape [n]
            delta: float,  # probability of a false alarm that the bet is tuned to
           ) -> np.ndarray:  # shares between 0 and 1, shape [n]
-    "Choose what to stake on each row from the rows before it."
+    "Choose what to stake on each row from the rows before it (Waudby-Smith and Ramdas, arXiv:2010.09686)."
     i = np.arange(1, len(losses) + 1)
     means = (0.5 + np.cumsum(losses)) / (1 + i)
     spread = (0.25 + np.cumsum((losses - means) ** 2)) / (1 + i)
@@ -95,7 +95,7 @@ def log_fortune(losses: np.ndarray,  # checked losses in their order, shape [n]
                 stake: np.ndarray,  # shares between 0 and 1, shape [n]
                 max_risk: float,  # mean loss that is bet against
                ) -> float:  # logarithm of the largest fortune, 0 or more
-    "Play the game, and say how rich the gambler ever was."
+    "Play the game, and say how rich the gambler ever was (Waudby-Smith and Ramdas, arXiv:2010.09686)."
     with np.errstate(divide="ignore"):  # a stake of 1 may lose everything
         return max(0.0, float(np.cumsum(np.log1p(-stake * (losses - max_risk))).max(initial=0.0)))
 
@@ -104,7 +104,7 @@ def betting_p(losses: ArrayLike,  # one loss per row, each between 0 and 1, in a
               max_risk: float,  # mean loss that is to be ruled out, between 0 and 1
               delta: float = 0.05,  # level at which the bet is to be sharpest; the p-value is valid at any
              ) -> float:  # p-value, at most 1
-    "Test whether the mean loss exceeds `max_risk`, by a bet against it."
+    "Test whether the mean loss exceeds `max_risk`, by a bet against it (Waudby-Smith and Ramdas, arXiv:2010.09686)."
     x = bounded(losses)
     if not len(x): return 1.0
     return float(np.exp(-log_fortune(x, stakes(x, inside("delta", delta)), inside("max_risk", max_risk))))
@@ -114,7 +114,7 @@ def risk_upper(losses: ArrayLike,  # one loss per row, each between 0 and 1, sha
                delta: float = 0.05,  # probability that the risk is higher after all
                kind: str = "betting",  # "betting", "hoeffding-bentkus"
               ) -> float:  # upper bound on the mean loss, at most 1
-    "Bound a mean loss from above."
+    "Bound a mean loss from above; raise ConfigurationError for another kind of bound, DataError for losses outside 0 to 1."
     x, limit = bounded(losses), log(inside("delta", delta))
     if kind not in ("betting", "hoeffding-bentkus"):
         raise ConfigurationError(f"no bound {kind!r}", fix="use one of: betting, hoeffding-bentkus")

@@ -89,7 +89,7 @@ def boldest_temperature(logp: np.ndarray,  # log probabilities, shape [n, K]
 def fit_temperature(logp: np.ndarray,  # log probabilities, shape [n, K]
                     y: np.ndarray,  # true classes, shape [n]
                    ) -> tuple[float, tuple[float, float]]:  # (T, its 95% interval)
-    "Find the temperature of least negative log likelihood, with its interval."
+    "Find the temperature of least negative log likelihood (Guo et al., 2017), with its interval; raise DataError where none is."
     low, high = 1e-3, 1e3
     if (np.ptp(logp, axis=1) == 0).all():
         raise DataError("every class is equally probable in every row: no temperature can be found", fix="check that the model was trained")
@@ -103,7 +103,7 @@ def fit_temperature(logp: np.ndarray,  # log probabilities, shape [n, K]
 
 # %% ../../nbs/uncertainty/122_calibration.ipynb #class
 class TemperatureScaling:
-    "Divide every logit by one temperature, chosen on rows that nothing has seen."
+    "Divide every logit by one temperature (Guo et al., 2017), chosen on rows that nothing has seen."
     kind = stage = "temperature"
     temperature_: float  # T, positive
     interval_: tuple[float, float]  # its 95% interval
@@ -115,8 +115,9 @@ class TemperatureScaling:
     ids_: tuple[str, ...]  # their ids
     names_: tuple[str, ...]  # the labels
 
-    def fit(self, preds: Predictions) -> "TemperatureScaling":
-        "Find the temperature on 10 or more fresh rows."
+    def fit(self, preds: Predictions,  # 10 or more rows that nothing has seen, of two classes or more
+           ) -> "TemperatureScaling":  # the same object
+        "Find the temperature on 10 or more fresh rows; raise OverlapError, TooFewRowsError or DataError for unfit rows."
         y = mixed_truth(preds, "temperature scaling")
         self.temperature_, self.interval_ = fit_temperature(preds.log_probs, y)
         note_fit(self, preds, y)
@@ -124,7 +125,8 @@ class TemperatureScaling:
         self.needed_ = self.p_value_ < 0.05
         return self
 
-    def transform(self, logp: np.ndarray) -> np.ndarray:
+    def transform(self, logp: np.ndarray,  # of n rows, natural logarithms
+                 ) -> np.ndarray:  # log probabilities, shape [n, K]
         "Scale log probabilities, shape [n, K]."
         return log_softmax_rows(logp / self.temperature_)
 
@@ -137,7 +139,13 @@ class TemperatureScaling:
     __call__, to_dict, save = recalibrated, estimator_dict, save_estimator
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "TemperatureScaling": return estimator_from(cls, value)
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "TemperatureScaling":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return estimator_from(cls, value)
 
     @classmethod
-    def load(cls, path: str | Path) -> "TemperatureScaling": return load_estimator(cls, path)
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "TemperatureScaling":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return load_estimator(cls, path)

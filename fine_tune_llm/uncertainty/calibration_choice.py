@@ -34,7 +34,7 @@ def id_folds(ids: Iterable[str],  # row ids
              folds: int,  # number of folds, 2 or more
              seed: int = 0,  # another seed cuts elsewhere
             ) -> np.ndarray:  # fold of each row, 0..folds-1, sizes that differ by at most one, shape [n]
-    "Deal rows into folds of equal size by the hash of their ids."
+    "Deal rows into folds of equal size by the hash of their ids; raise ConfigurationError for fewer than two."
     if folds < 2: raise ConfigurationError(f"folds must be 2 or more, got {folds}", where="folds")
     return np.argsort(np.argsort(id_shares(ids, seed), kind="stable"), kind="stable") % folds
 
@@ -45,11 +45,13 @@ def calibrators() -> list[Any]:  # not fitted
     return [TemperatureScaling(), *(C(m) for m in modes for C in (PlattScaling, BetaCalibration, HistogramBinning, IsotonicCalibration)),
             VectorScaling(), DirichletCalibration(off_diagonal_sd=0.02), DirichletCalibration(off_diagonal_sd=0.2)]
 
-def unfitted(calibrator: Any) -> Any:
+def unfitted(calibrator: Any,  # fitted or not; is not changed
+            ) -> Any:
     "Give a calibrator with the same settings that has learned nothing."
     return type(calibrator)(**{k: v for k, v in vars(calibrator).items() if not k.endswith("_")})
 
-def settings_name(calibrator: Any) -> str:
+def settings_name(calibrator: Any,  # fitted or not
+                 ) -> str:  # "HistogramBinning(mode='top-label', bins=15)" and the like
     "Name a calibrator by its class and settings."
     return repr(unfitted(calibrator)).replace(", not fitted", "").replace("(not fitted)", "()")
 
@@ -58,7 +60,7 @@ def held_out_nll(calibrator: Any,  # is not changed
                  preds: Predictions,  # fresh rows with known truth
                  fold: np.ndarray,  # fold of each row, shape [n]
                 ) -> np.ndarray:  # nats of each row, paid while it was held out, shape [n]
-    "Fit a calibrator on all folds but one, and let it pay on that one."
+    "Fit a calibrator on all folds but one, and let it pay on that one; raise DataError where it cannot be fitted."
     y, paid = preds.require_y("held-out likelihood"), np.full(len(preds), np.nan)
     for f in np.unique(fold):
         out = np.flatnonzero(fold == f)
@@ -86,7 +88,7 @@ def choose_calibrator(preds: Predictions,  # fresh rows with known truth, 20 or 
                       folds: int = 5,  # parts of which each is held out once
                       seed: int = 0,  # of the folds
                      ) -> tuple[Any, Any]:  # (the fitted winner, a pandas DataFrame of prices in nats per row)
-    "Fit the calibrator of least held-out negative log likelihood."
+    "Fit the calibrator of least held-out negative log likelihood; raise DataError where none can be fitted."
     y = mixed_truth(preds, "the choice of a calibrator", least=20)
     logp, fold = preds.log_probs, id_folds(preds.ids, folds, seed)
     competing = {settings_name(c): c for c in (calibrators() if candidates is None else candidates)}
@@ -102,7 +104,7 @@ def choose_calibrator(preds: Predictions,  # fresh rows with known truth, 20 or 
 # %% ../../nbs/uncertainty/128_calibration_choice.ipynb #load
 def load_calibrator(path: str | Path,  # file that `save` of any calibrator wrote
                    ) -> Any:  # the fitted calibrator
-    "Read a calibrator of whatever kind."
+    "Read a calibrator of whatever kind; raise DataError for another file."
     value = load_json(path)
     kinds: dict[str, Any] = {c.kind: type(c) for c in calibrators()}
     if value.get("kind") not in kinds:

@@ -43,7 +43,7 @@ def log_complement(logp: np.ndarray,  # log probabilities of whole rows, shape [
 def questions(logp: np.ndarray,  # log probabilities, shape [n, K]
               mode: str,  # "one-vs-rest" or "top-label"
              ) -> tuple[np.ndarray, np.ndarray]:  # (log p, log(1 - p)), each of shape [n, K] or [n, 1]
-    "Give the probability that each question is answered by, and its complement."
+    "Give the probability that each question is answered by, and its complement; raise ConfigurationError for another mode."
     if mode not in ("one-vs-rest", "top-label"):
         raise ConfigurationError(f"no mode {mode!r}", where="mode", fix="use one of: one-vs-rest, top-label")
     if mode == "one-vs-rest": return logp, log_complement(logp)
@@ -76,7 +76,7 @@ def rows_from(asked: np.ndarray,  # log of the corrected probabilities, shape [n
 # %% ../../nbs/uncertainty/125_calibration_curves.ipynb #targets
 def platt_targets(hit: np.ndarray,  # truth values, shape [n]
                  ) -> np.ndarray:  # shares between 0 and 1, shape [n]
-    "Give the probability of yes that each row speaks for, by Platt's rule."
+    "Give the probability of yes that each row speaks for (Platt, 1999)."
     yes = int(hit.sum())
     return np.where(hit, (yes + 1) / (yes + 2), 1 / (len(hit) - yes + 2))
 
@@ -96,22 +96,24 @@ def fit_logistic(x: np.ndarray,  # features, each of which raises the probabilit
 
 # %% ../../nbs/uncertainty/125_calibration_curves.ipynb #platt
 class PlattScaling:
-    "Correct probabilities by an S-curve of their log odds."
+    "Correct probabilities by an S-curve of their log odds (Platt, 1999)."
     kind, stage = "platt", "Platt scaling"
     curves_: np.ndarray  # slope and intercept of each question, shape [K, 2] or [1, 2]
 
     def __init__(self, mode: str = "one-vs-rest"):  # or "top-label"
         self.mode = mode
 
-    def fit(self, preds: Predictions) -> "PlattScaling":
-        "Find the curves on 10 or more fresh rows."
+    def fit(self, preds: Predictions,  # 10 or more rows that nothing has seen, of two classes or more
+           ) -> "PlattScaling":  # the same object
+        "Find the curves on 10 or more fresh rows; raise OverlapError, TooFewRowsError or DataError for unfit rows."
         y, logp = mixed_truth(preds, self.stage), preds.log_probs
         (yes, no), hit = questions(logp, self.mode), hits(logp, y, self.mode)
         self.curves_ = np.stack([fit_logistic((yes - no)[:, [j]], platt_targets(hit[:, j])) for j in range(hit.shape[1])])
         note_fit(self, preds, y)
         return self
 
-    def transform(self, logp: np.ndarray) -> np.ndarray:
+    def transform(self, logp: np.ndarray,  # of n rows, natural logarithms
+                 ) -> np.ndarray:  # log probabilities, shape [n, K]
         "Map log probabilities, shape [n, K]."
         yes, no = questions(logp, self.mode)
         return rows_from(log_expit((yes - no) * self.curves_[:, 0] + self.curves_[:, 1]), logp, self.mode)
@@ -119,22 +121,29 @@ class PlattScaling:
     __call__, __repr__, to_dict, save = recalibrated, fit_line, estimator_dict, save_estimator
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "PlattScaling": return estimator_from(cls, value)
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "PlattScaling":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return estimator_from(cls, value)
 
     @classmethod
-    def load(cls, path: str | Path) -> "PlattScaling": return load_estimator(cls, path)
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "PlattScaling":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return load_estimator(cls, path)
 
 # %% ../../nbs/uncertainty/125_calibration_curves.ipynb #beta
 class BetaCalibration:
-    "Correct probabilities by a curve that bends on either side."
+    "Correct probabilities by a curve that bends on either side (Kull et al., 2017)."
     kind, stage = "beta", "beta calibration"
     curves_: np.ndarray  # a, b and c of each question, shape [K, 3] or [1, 3]
 
     def __init__(self, mode: str = "one-vs-rest"):  # or "top-label"
         self.mode = mode
 
-    def fit(self, preds: Predictions) -> "BetaCalibration":
-        "Find the curves on 10 or more fresh rows."
+    def fit(self, preds: Predictions,  # 10 or more rows that nothing has seen, of two classes or more
+           ) -> "BetaCalibration":  # the same object
+        "Find the curves on 10 or more fresh rows; raise OverlapError, TooFewRowsError or DataError for unfit rows."
         y, logp = mixed_truth(preds, self.stage), preds.log_probs
         (yes, no), hit = questions(logp, self.mode), hits(logp, y, self.mode)
         sides = lambda j: np.column_stack([yes[:, j], -no[:, j]])
@@ -142,7 +151,8 @@ class BetaCalibration:
         note_fit(self, preds, y)
         return self
 
-    def transform(self, logp: np.ndarray) -> np.ndarray:
+    def transform(self, logp: np.ndarray,  # of n rows, natural logarithms
+                 ) -> np.ndarray:  # log probabilities, shape [n, K]
         "Map log probabilities, shape [n, K]."
         (yes, no), (a, b, c) = questions(logp, self.mode), self.curves_.T
         return rows_from(log_expit(a * yes - b * no + c), logp, self.mode)
@@ -150,7 +160,13 @@ class BetaCalibration:
     __call__, __repr__, to_dict, save = recalibrated, fit_line, estimator_dict, save_estimator
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "BetaCalibration": return estimator_from(cls, value)
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "BetaCalibration":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return estimator_from(cls, value)
 
     @classmethod
-    def load(cls, path: str | Path) -> "BetaCalibration": return load_estimator(cls, path)
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "BetaCalibration":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return load_estimator(cls, path)

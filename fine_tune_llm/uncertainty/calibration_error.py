@@ -31,7 +31,7 @@ def error_size(rows: np.ndarray,  # rows of each bin, shape [..., bins]
                norm: str = "l1",  # "l1", "l2" or "max"
                debiased: bool = False,  # subtract what noise adds; not for "max"
               ) -> np.ndarray:  # between 0 and 1, shape [...]
-    "Add up the gaps of the bins."
+    "Add up the gaps of the bins (Guo et al., 2017, eq. 3; debiased l2: Kumar et al., 2019)."
     there = np.maximum(rows, 1)
     gaps, share = np.abs(gap) / there, rows / np.maximum(rows.sum(axis=-1, keepdims=True), 1)
     if norm == "max": return gaps.max(axis=-1)
@@ -47,7 +47,7 @@ def resampled_rows(place: np.ndarray,  # bin of each row, shape [n]
                    confidence: np.ndarray,  # shape [n]
                    bins: int,  # how many
                    n_boot: int,  # draws
-                   rng: np.random.Generator,
+                   rng: np.random.Generator,  # of the draws
                   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # rows, sum of gaps, sum of confidence: [n_boot, bins]
     "Draw rows with replacement, and add them up by bin."
     out = np.zeros((3, n_boot, bins))
@@ -62,7 +62,7 @@ ROWS = 5_000  # with more rows than this, sums are drawn instead of rows
 
 def resampled(sums: np.ndarray,  # shape [3, 2, bins], n >= 1 rows
               n_boot: int,  # draws
-              rng: np.random.Generator,
+              rng: np.random.Generator,  # of the draws
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # rows, sum of gaps, sum of confidence: [n_boot, bins]
     "Draw the sums of each bin as another sample would give them."
     rows, c, c2 = sums.sum(axis=1)
@@ -75,7 +75,7 @@ def resampled(sums: np.ndarray,  # shape [3, 2, bins], n >= 1 rows
 # %% ../../nbs/uncertainty/114_calibration_error.ipynb #null-gaps
 def null_gaps(sums: np.ndarray,  # shape [3, 2, bins]
               n_boot: int,  # draws
-              rng: np.random.Generator,
+              rng: np.random.Generator,  # of the draws
              ) -> np.ndarray:  # sum of correct - confidence, shape [n_boot, bins]
     "Draw the gaps of a calibrated model with these confidences."
     _, c, c2 = sums.sum(axis=1)
@@ -86,14 +86,14 @@ def null_gaps_rows(place: np.ndarray,  # bin of each row, shape [n]
                    confidence: np.ndarray,  # shape [n]
                    bins: int,  # how many
                    n_boot: int,  # draws
-                   rng: np.random.Generator,
+                   rng: np.random.Generator,  # of the draws
                   ) -> np.ndarray:  # sum of correct - confidence, shape [n_boot, bins]
     "Draw each outcome of a calibrated model, and add the gaps up by bin."
     draws = ((rng.random(len(place)) < confidence) - confidence for _ in range(n_boot))
     return np.array([np.bincount(place, gap, bins) for gap in draws]).reshape(n_boot, bins)
 
 # %% ../../nbs/uncertainty/114_calibration_error.ipynb #worlds-of
-def worlds(x: Predictions | CalibrationState,
+def worlds(x: Predictions | CalibrationState,  # rows with their true classes, or a state: its sums are drawn
            bins: int,  # parts of the confidences 0 to 1
            kind: str,  # "equal-width" or "equal-mass"
            n_boot: int,  # draws of each kind
@@ -124,7 +124,7 @@ def with_worlds(name: str,  # of the metric
     return Estimate(float(value), min(float(value), float(low)), max(float(value), float(high)), n, name, "percentile bootstrap", level, bound)
 
 # %% ../../nbs/uncertainty/114_calibration_error.ipynb #calibration-error
-def calibration_error(x: Predictions | CalibrationState,
+def calibration_error(x: Predictions | CalibrationState,  # rows with their true classes, or what `update` added up
                       name: str,  # of the metric
                       bins: int,  # parts of the confidences 0 to 1
                       kind: str,  # "equal-width" or "equal-mass"
@@ -134,7 +134,7 @@ def calibration_error(x: Predictions | CalibrationState,
                       seed: int,  # of the draws
                       level: float,  # confidence of the interval, between 0 and 1
                      ) -> Estimate:  # between 0 and 1, with `null`
-    "Estimate a calibration error of the answers, whichever."
+    "Estimate a calibration error of the answers, whichever; raise ConfigurationError for an unknown norm."
     if norm not in ("l1", "l2", "max"): raise ConfigurationError(f"unknown norm {norm!r}", fix="one of l1, l2, max")
     n, level = x.n if isinstance(x, CalibrationState) else len(x), check_level(level)
     if n == 0 and sums_of(x, bins, kind).shape: return Estimate(np.nan, 0.0, 1.0, 0, name, "percentile bootstrap", level)
@@ -146,7 +146,7 @@ def calibration_error(x: Predictions | CalibrationState,
 
 # %% ../../nbs/uncertainty/114_calibration_error.ipynb #ece
 @with_interval
-def ece(x: Predictions | CalibrationState,
+def ece(x: Predictions | CalibrationState,  # rows with their true classes, or what `update` added up
         bins: int = 15,  # parts of the confidences 0 to 1; a state has its own
         kind: str = "equal-width",  # or "equal-mass"
         norm: str = "l1",  # or "l2"
@@ -155,12 +155,12 @@ def ece(x: Predictions | CalibrationState,
         seed: int = 0,  # of the draws
         level: float = 0.95,  # confidence of the interval, between 0 and 1
        ) -> Estimate:  # between 0 and 1, with `null`
-    "Estimate the expected calibration error of the answers."
+    "Estimate the expected calibration error of the answers (Guo et al., 2017, eq. 3)."
     return calibration_error(x, "ece", bins, kind, norm, debiased, n_boot, seed, level)
 
 # %% ../../nbs/uncertainty/114_calibration_error.ipynb #mce
 @with_interval
-def mce(x: Predictions | CalibrationState,
+def mce(x: Predictions | CalibrationState,  # rows with their true classes, or what `update` added up
         bins: int = 15,  # parts of the confidences 0 to 1; a state has its own
         kind: str = "equal-width",  # or "equal-mass"
         n_boot: int = 1000,  # draws for the interval, and for `null`
@@ -171,7 +171,7 @@ def mce(x: Predictions | CalibrationState,
     return calibration_error(x, "mce", bins, kind, "max", False, n_boot, seed, level)
 
 # %% ../../nbs/uncertainty/114_calibration_error.ipynb #null-band
-def null_band(x: Predictions | CalibrationState,
+def null_band(x: Predictions | CalibrationState,  # rows with their true classes, or what `update` added up
               bins: int = 15,  # parts of the confidences 0 to 1; a state has its own
               kind: str = "equal-width",  # or "equal-mass"
               norm: str = "l1",  # "l1", "l2" or "max"

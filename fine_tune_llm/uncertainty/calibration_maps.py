@@ -64,7 +64,7 @@ def fit_vector(logp: np.ndarray,  # log probabilities, shape [n, K]
                weight_sd: float,  # how far a weight may stray from 1 / T, as a share of it
                shift_sd: float,  # how far a shift may stray from 0, in nats
               ) -> tuple[np.ndarray, np.ndarray]:  # (weights, shifts), each of shape [K]
-    "Find a weight and a shift for each class, around the temperature."
+    "Find a weight and a shift for each class (Guo et al., 2017), around the temperature."
     beta, ones = 1 / fit_temperature(logp, y)[0], np.ones(logp.shape[1])
     x = beta * logp
     q = np.exp(log_softmax_rows(x))
@@ -76,14 +76,14 @@ def fit_vector(logp: np.ndarray,  # log probabilities, shape [n, K]
 # %% ../../nbs/uncertainty/124_calibration_maps.ipynb #positive
 def spread_of(**settings: float,  # a standard deviation, by the name of its argument
              ) -> float:
-    "Refuse a standard deviation that is no positive number."
+    "Refuse a standard deviation that is no positive number with ConfigurationError."
     (name, value), = settings.items()
     if not 0 < value < np.inf: raise ConfigurationError(f"{name} must be a positive number, got {value}", where=name)
     return value
 
 # %% ../../nbs/uncertainty/124_calibration_maps.ipynb #vector
 class VectorScaling:
-    "Give each class a weight and a shift of its logit."
+    "Give each class a weight and a shift of its logit (Guo et al., 2017)."
     kind, stage = "vector", "vector scaling"
     weights_: np.ndarray  # factor of each log probability, shape [K]
     shifts_: np.ndarray  # nats added to each, shape [K]
@@ -92,24 +92,32 @@ class VectorScaling:
                  shift_sd: float = 1.0):  # how far a shift may stray from 0, in nats
         self.weight_sd, self.shift_sd = spread_of(weight_sd=weight_sd), spread_of(shift_sd=shift_sd)
 
-    def fit(self, preds: Predictions) -> "VectorScaling":
-        "Find the weights and shifts on 10 or more fresh rows."
+    def fit(self, preds: Predictions,  # 10 or more rows that nothing has seen, of two classes or more
+           ) -> "VectorScaling":  # the same object
+        "Find the weights and shifts on 10 or more fresh rows; raise OverlapError, TooFewRowsError or DataError for unfit rows."
         y = mixed_truth(preds, self.stage)
         self.weights_, self.shifts_ = fit_vector(preds.log_probs, y, self.weight_sd, self.shift_sd)
         note_fit(self, preds, y)
         return self
 
-    def transform(self, logp: np.ndarray) -> np.ndarray:
+    def transform(self, logp: np.ndarray,  # of n rows, natural logarithms
+                 ) -> np.ndarray:  # log probabilities, shape [n, K]
         "Map log probabilities, shape [n, K]."
         return log_softmax_rows(logp * self.weights_ + self.shifts_)
 
     __call__, __repr__, to_dict, save = recalibrated, fit_line, estimator_dict, save_estimator
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "VectorScaling": return estimator_from(cls, value)
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "VectorScaling":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return estimator_from(cls, value)
 
     @classmethod
-    def load(cls, path: str | Path) -> "VectorScaling": return load_estimator(cls, path)
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "VectorScaling":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return load_estimator(cls, path)
 
 # %% ../../nbs/uncertainty/124_calibration_maps.ipynb #dirichlet-fit
 def fit_matrix(logp: np.ndarray,  # log probabilities, shape [n, K]
@@ -118,7 +126,7 @@ def fit_matrix(logp: np.ndarray,  # log probabilities, shape [n, K]
                weight_sd: float,  # how far a weight on the diagonal may stray from 1 / T, as a share of it
                shift_sd: float,  # how far a shift may stray from 0, in nats
               ) -> tuple[np.ndarray, np.ndarray]:  # (weights of shape [K, K], shifts of shape [K])
-    "Find a matrix and a shift for each class, around the temperature."
+    "Find a matrix and a shift for each class (Kull et al., 2019), around the temperature."
     (n, K), beta = logp.shape, 1 / fit_temperature(logp, y)[0]
     x = np.column_stack([beta * logp, np.ones(n)])
     q = np.exp(log_softmax_rows(x[:, :K]))
@@ -129,7 +137,7 @@ def fit_matrix(logp: np.ndarray,  # log probabilities, shape [n, K]
 
 # %% ../../nbs/uncertainty/124_calibration_maps.ipynb #dirichlet
 class DirichletCalibration:
-    "Mix the log probabilities of all classes by a matrix, and shift them."
+    "Mix the log probabilities of all classes by a matrix, and shift them (Kull et al., 2019)."
     kind, stage = "dirichlet", "Dirichlet calibration"
     weights_: np.ndarray  # what each log probability adds to each class, shape [K, K]
     shifts_: np.ndarray  # nats added to each class, shape [K]
@@ -140,21 +148,29 @@ class DirichletCalibration:
         self.off_diagonal_sd, self.weight_sd = spread_of(off_diagonal_sd=off_diagonal_sd), spread_of(weight_sd=weight_sd)
         self.shift_sd = spread_of(shift_sd=shift_sd)
 
-    def fit(self, preds: Predictions) -> "DirichletCalibration":
-        "Find the matrix and the shifts on 10 or more fresh rows."
+    def fit(self, preds: Predictions,  # 10 or more rows that nothing has seen, of two classes or more
+           ) -> "DirichletCalibration":  # the same object
+        "Find the matrix and the shifts on 10 or more fresh rows; raise OverlapError, TooFewRowsError or DataError for unfit rows."
         y = mixed_truth(preds, self.stage)
         self.weights_, self.shifts_ = fit_matrix(preds.log_probs, y, self.off_diagonal_sd, self.weight_sd, self.shift_sd)
         note_fit(self, preds, y)
         return self
 
-    def transform(self, logp: np.ndarray) -> np.ndarray:
+    def transform(self, logp: np.ndarray,  # of n rows, natural logarithms
+                 ) -> np.ndarray:  # log probabilities, shape [n, K]
         "Map log probabilities, shape [n, K]."
         return log_softmax_rows(logp @ self.weights_.T + self.shifts_)
 
     __call__, __repr__, to_dict, save = recalibrated, fit_line, estimator_dict, save_estimator
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "DirichletCalibration": return estimator_from(cls, value)
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "DirichletCalibration":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return estimator_from(cls, value)
 
     @classmethod
-    def load(cls, path: str | Path) -> "DirichletCalibration": return load_estimator(cls, path)
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "DirichletCalibration":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return load_estimator(cls, path)

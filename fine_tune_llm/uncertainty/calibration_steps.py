@@ -29,7 +29,7 @@ from .predictions import Predictions
 # %% ../../nbs/uncertainty/126_calibration_steps.ipynb #prior
 def prior_of(prior: float,  # rows for which the model speaks itself
             ) -> float:
-    "Refuse a number of rows that is negative."
+    "Refuse a number of rows that is negative with ConfigurationError."
     if not 0 <= prior < np.inf: raise ConfigurationError(f"prior must be 0 or a positive number of rows, got {prior}", where="prior")
     return prior
 
@@ -49,7 +49,7 @@ def isotonic_corners(p: np.ndarray,  # probabilities, shape [n]
 
 # %% ../../nbs/uncertainty/126_calibration_steps.ipynb #isotonic
 class IsotonicCalibration:
-    "Correct probabilities by the best increasing curve."
+    "Correct probabilities by the best increasing curve (Zadrozny and Elkan, 2002)."
     kind, stage = "isotonic", "isotonic calibration"
     curves_: tuple[np.ndarray, ...]  # corners of the curve of each question, each of shape [2, m]
 
@@ -57,15 +57,17 @@ class IsotonicCalibration:
                  prior: float = 1.0):  # rows for which the model speaks itself; 0 for the textbook's zeros
         self.mode, self.prior = mode, prior_of(prior)
 
-    def fit(self, preds: Predictions) -> "IsotonicCalibration":
-        "Find the curves on 10 or more fresh rows."
+    def fit(self, preds: Predictions,  # 10 or more rows that nothing has seen, of two classes or more
+           ) -> "IsotonicCalibration":  # the same object
+        "Find the curves on 10 or more fresh rows; raise OverlapError, TooFewRowsError or DataError for unfit rows."
         y, logp = mixed_truth(preds, self.stage), preds.log_probs
         p, hit = np.exp(questions(logp, self.mode)[0]), hits(logp, y, self.mode)
         self.curves_, self.n_ = tuple(isotonic_corners(p[:, j], hit[:, j]) for j in range(p.shape[1])), len(y)
         note_fit(self, preds, y)
         return self
 
-    def transform(self, logp: np.ndarray) -> np.ndarray:
+    def transform(self, logp: np.ndarray,  # of n rows, natural logarithms
+                 ) -> np.ndarray:  # log probabilities, shape [n, K]
         "Map log probabilities, shape [n, K]."
         p = np.exp(questions(logp, self.mode)[0])
         g = np.column_stack([np.interp(p[:, j], *curve) for j, curve in enumerate(self.curves_)])
@@ -74,10 +76,16 @@ class IsotonicCalibration:
     __call__, __repr__, to_dict, save = recalibrated, fit_line, estimator_dict, save_estimator
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "IsotonicCalibration": return estimator_from(cls, value)
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "IsotonicCalibration":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return estimator_from(cls, value)
 
     @classmethod
-    def load(cls, path: str | Path) -> "IsotonicCalibration": return load_estimator(cls, path)
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "IsotonicCalibration":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return load_estimator(cls, path)
 
 # %% ../../nbs/uncertainty/126_calibration_steps.ipynb #edges
 def bin_edges(p: np.ndarray,  # probabilities, shape [n]
@@ -103,7 +111,7 @@ def bin_values(p: np.ndarray,  # probabilities, shape [n]
 
 # %% ../../nbs/uncertainty/126_calibration_steps.ipynb #histogram
 class HistogramBinning:
-    "Answer with the share of hits among the calibration rows of the same bin."
+    "Answer with the share of hits among the calibration rows of the same bin (Zadrozny and Elkan, 2001)."
     kind, stage = "histogram", "histogram binning"
     edges_: tuple[np.ndarray, ...]  # inner cuts of each question, each of shape [b - 1]
     values_: tuple[np.ndarray, ...]  # corrected probability of each bin, each of shape [b]
@@ -117,8 +125,9 @@ class HistogramBinning:
         if bins < 1: raise ConfigurationError(f"bins must be 1 or more, got {bins}", where="bins")
         self.mode, self.bins, self.cuts, self.prior = mode, bins, cuts, prior_of(prior)
 
-    def fit(self, preds: Predictions) -> "HistogramBinning":
-        "Count hits on 10 or more fresh rows."
+    def fit(self, preds: Predictions,  # 10 or more rows that nothing has seen, of two classes or more
+           ) -> "HistogramBinning":  # the same object
+        "Count hits on 10 or more fresh rows; raise OverlapError, TooFewRowsError or DataError for unfit rows."
         y, logp = mixed_truth(preds, self.stage), preds.log_probs
         p, hit = np.exp(questions(logp, self.mode)[0]), hits(logp, y, self.mode)
         self.edges_ = tuple(bin_edges(p[:, j], self.bins, self.cuts) for j in range(p.shape[1]))
@@ -126,7 +135,8 @@ class HistogramBinning:
         note_fit(self, preds, y)
         return self
 
-    def transform(self, logp: np.ndarray) -> np.ndarray:
+    def transform(self, logp: np.ndarray,  # of n rows, natural logarithms
+                 ) -> np.ndarray:  # log probabilities, shape [n, K]
         "Map log probabilities, shape [n, K]."
         p = np.exp(questions(logp, self.mode)[0])
         g = [v[np.searchsorted(e, p[:, j], side="right")] for j, (e, v) in enumerate(zip(self.edges_, self.values_, strict=True))]
@@ -135,7 +145,13 @@ class HistogramBinning:
     __call__, __repr__, to_dict, save = recalibrated, fit_line, estimator_dict, save_estimator
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "HistogramBinning": return estimator_from(cls, value)
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "HistogramBinning":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return estimator_from(cls, value)
 
     @classmethod
-    def load(cls, path: str | Path) -> "HistogramBinning": return load_estimator(cls, path)
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "HistogramBinning":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return load_estimator(cls, path)

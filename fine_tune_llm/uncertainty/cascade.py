@@ -18,7 +18,7 @@ from ..core.labels import Labels
 from .calibration import require_fitted
 from .costs import row_costs
 from .metrics import Estimate, mean, rate
-from .predictions import Predictions, refuse_overlap
+from .predictions import Predictions, refuse_overlap, true_classes
 from .risk import DecisionPolicy
 
 # %% ../../nbs/uncertainty/156_cascade.ipynb #parts
@@ -30,11 +30,11 @@ def stage_of(ids: np.ndarray,  # row ids, shape [n]
     return np.array([int.from_bytes(d, "big") % stages for d in digests], dtype=np.int64)
 
 # %% ../../nbs/uncertainty/156_cascade.ipynb #pick
-def pick(preds: Predictions,
+def pick(preds: Predictions,  # what the model said, on these rows and maybe others
          ids: np.ndarray,  # rows that are needed, shape [m]
          stage: int,  # of the model, from 0, for the message
         ) -> Predictions:  # those rows, in that order
-    "Find rows by their ids."
+    "Find rows by their ids; raise DataError where one is missing."
     order = np.argsort(preds.ids)
     place = np.searchsorted(preds.ids[order], ids).clip(0, max(len(order) - 1, 0))
     there = preds.ids[order][place] == ids if len(order) else np.zeros(len(ids), dtype=bool)
@@ -64,14 +64,19 @@ class Routed:
         "Count the rows that each stage answered, and those that went to a person."
         return np.bincount(self.stage, minlength=len(self.prices) + 1).tolist()
 
-    def risk(self, y: np.ndarray, level: float = 0.95) -> Estimate:
-        "Estimate the share of wrong answers among those given, for true classes `y`."
+    def risk(self, y: np.ndarray,  # class numbers, shape [n]
+             level: float = 0.95,  # confidence of the interval, between 0 and 1
+            ) -> Estimate:
+        "Estimate the share of wrong answers among those given, for true classes `y`; raise OverlapError for calibration rows, DataError for no class."
         refuse_overlap(self.ids, {"the risk certificate": self.calibration_ids}, "a selective risk")
         given = self.action >= 0
-        return rate(int((self.action != y)[given].sum()), int(given.sum()), "selective risk", level)
+        wrong = self.action != true_classes(y, len(self), len(self.labels))
+        return rate(int(wrong[given].sum()), int(given.sum()), "selective risk", level)
 
-    def mean_cost(self, y: np.ndarray, level: float = 0.95) -> Estimate:
-        "Estimate what a row costs, models included, for true classes `y`."
+    def mean_cost(self, y: np.ndarray,  # class numbers, shape [n]
+                  level: float = 0.95,  # confidence of the interval, between 0 and 1
+                 ) -> Estimate:
+        "Estimate what a row costs, models included, for true classes `y`; raise OverlapError for calibration rows, DataError for no class."
         refuse_overlap(self.ids, {"the risk certificate": self.calibration_ids}, "a mean cost")
         asked = np.cumsum(self.prices)[np.minimum(self.stage, len(self.prices) - 1)]
         return mean(row_costs(self.action, y, self.costs, self.person) + asked, "mean cost", level)
@@ -101,8 +106,10 @@ class Cascade:
             raise ConfigurationError(f"{len(prices)} prices for {len(policies)} policies", fix="give one price per model")
         self.policies, self.prices = list(policies), tuple(prices or [0.0] * len(policies))
 
-    def fit(self, preds: Sequence[Predictions], accept_overlap: str = "") -> "Cascade":
-        "Calibrate each policy on its own share of the rows, and there on those that reach it."
+    def fit(self, preds: Sequence[Predictions],  # of each model, first to last, with the true classes
+            accept_overlap: str = "",  # why rows may be used that were used before; leaves no guarantee
+           ) -> "Cascade":  # the same object
+        "Calibrate each policy on its share of the rows that reach it; raise DataError or ConfigurationError for what does not fit."
         if len(preds) != len(self.policies): raise DataError(f"predictions of {len(preds)} models for {len(self.policies)} policies")
         share, self.policies_ = stage_of(preds[0].ids, len(preds)), list[DecisionPolicy]()
         for s, policy in enumerate(self.policies):
@@ -118,7 +125,8 @@ class Cascade:
         require_fitted(self)
         return joint_promise(self.policies_)
 
-    def decide(self, preds: Sequence[Predictions]) -> Routed:
+    def decide(self, preds: Sequence[Predictions],  # of each model, first to last
+              ) -> Routed:
         "Route each row of the first predictions; later models need only the rows that reach them."
         require_fitted(self)
         action, stage = route(self.policies_, preds, preds[0].ids)

@@ -74,7 +74,7 @@ def sgr(confidence: np.ndarray,  # probability of each answer, shape [n], n at l
         max_risk: float,  # share of wrong answers to promise, between 0 and 1
         delta: float = 0.05,  # probability that the promise may be broken
        ) -> float:  # loosest threshold found; +inf when none is
-    "Search for a threshold by halving, with a bound at each step; for comparison with `certify`."
+    "Search for a threshold by halving, a bound at each step (Geifman and El-Yaniv, 2017); for comparison with `certify`."
     order = np.argsort(confidence, kind="stable")
     steps, low, high, found = ceil(log2(len(order))), 0, len(order) - 1, np.inf
     for _ in range(steps):
@@ -92,7 +92,7 @@ def coverage_low(answered: int,  # calibration rows at or above the chosen thres
                  n: int,  # calibration rows in all
                  delta: float = 0.05,  # probability that fewer rows will be answered; at most 1/2
                 ) -> float:  # share of rows, 0 to 1
-    "Bound from below how many rows will be answered, however the threshold was chosen."
+    "Bound from below how many rows will be answered, however the threshold was chosen (Massart, 1990)."
     return max(0.0, answered / n - sqrt(log(1 / inside("delta", delta)) / (2 * n))) if n else 0.0
 
 # %% ../../nbs/uncertainty/153_certificates.ipynb #room

@@ -20,7 +20,7 @@ def group_gaps(p: np.ndarray,  # probabilities, shape [n, K]
                y: np.ndarray,  # classes, shape [n]
                bins: int,  # parts of the probabilities 0 to 1
                kind: str,  # "equal-width" or "equal-mass"
-               rng: np.random.Generator,
+               rng: np.random.Generator,  # of the groups
               ) -> np.ndarray:  # sum of [y = k] - p, shape [groups, K * bins]
     "Add up the gaps of random groups of rows, by class and bin."
     n, k = p.shape
@@ -34,7 +34,7 @@ def group_gaps(p: np.ndarray,  # probabilities, shape [n, K]
 
 # %% ../../nbs/uncertainty/115_classwise.ipynb #draw-classes
 def draw_classes(p: np.ndarray,  # probabilities, shape [n, K]
-                 rng: np.random.Generator,
+                 rng: np.random.Generator,  # of the draws
                 ) -> np.ndarray:  # one class per row, drawn by its probabilities, shape [n]
     "Draw the classes that a calibrated model would see."
     step, drawn = max(1, (1 << 18) // p.shape[1]), np.empty(len(p), dtype=np.int64)
@@ -45,14 +45,14 @@ def draw_classes(p: np.ndarray,  # probabilities, shape [n, K]
 
 # %% ../../nbs/uncertainty/115_classwise.ipynb #classwise
 @with_interval
-def classwise_ece(preds: Predictions,
+def classwise_ece(preds: Predictions,  # n rows with their true classes
                   bins: int = 15,  # parts of the probabilities 0 to 1
                   kind: str = "equal-width",  # or "equal-mass"
                   n_boot: int = 1000,  # draws for the interval, and for `null`
                   seed: int = 0,  # of the draws
                   level: float = 0.95,  # confidence of the interval, between 0 and 1
                  ) -> Estimate:  # between 0 and 1, with `null`
-    "Estimate the calibration error of each class's probability, averaged over the classes."
+    "Estimate the calibration error of each class's probability, averaged over the classes (Kull et al., 2019)."
     (n, k), rng, level = (len(preds), len(preds.labels)), np.random.default_rng(seed), check_level(level)
     y, p = preds.require_y("a calibration error"), preds.probabilities
     edges_of(p[:0, 0], bins, kind)

@@ -16,22 +16,22 @@ from .metrics import Estimate
 from .sets import PredictionSets, share_covered
 
 # %% ../../nbs/uncertainty/137_conditional.ipynb #parts
-def coverage_by(sets: PredictionSets,
+def coverage_by(sets: PredictionSets,  # of n rows that did not calibrate
                 y: ArrayLike,  # true classes, shape [n]
                 column: ArrayLike,  # a group for each row, shape [n]
                 level: float = 0.95,  # confidence of each interval, between 0 and 1
                ) -> dict[str, Estimate]:  # group -> its coverage, in the order of the sorted names
-    "Measure coverage within each group."
+    "Measure coverage within each group; raise DataError where groups do not fit the sets, OverlapError for calibration rows."
     hits, groups = sets.hits(y), np.asarray(column).astype(str)
     if len(groups) != len(hits): raise DataError(f"{len(groups)} groups for {len(hits)} sets", fix="give one for each row")
     return {str(g): share_covered(hits[groups == g], level) for g in np.unique(groups)}
 
 # %% ../../nbs/uncertainty/137_conditional.ipynb #coverage-by-class-def
-def coverage_by_class(sets: PredictionSets,
+def coverage_by_class(sets: PredictionSets,  # of n rows that did not calibrate
                       y: ArrayLike,  # true classes, shape [n]
                       level: float = 0.95,  # confidence of each interval, between 0 and 1
                      ) -> dict[str, Estimate]:  # class name -> its coverage, in the order of the labels
-    "Measure coverage within each true class."
+    "Measure coverage within each true class; raise OverlapError for calibration rows."
     hits, truth = sets.hits(y), np.asarray(y)
     return {sets.labels[int(k)]: share_covered(hits[truth == k], level) for k in np.unique(truth)}
 
@@ -39,19 +39,19 @@ def coverage_by_class(sets: PredictionSets,
 def coverage_gap(parts: dict[str, Estimate],  # what `coverage_by` or `coverage_by_class` gave
                  alpha: float,  # share of misses that the sets tolerate
                 ) -> tuple[float, float]:  # (mean distance from 1 - alpha, the same if each part were covered exactly so)
-    "Average how far each part is from the promise, and how far chance alone would be."
+    "Average how far each part is from the promise (Ding et al., 2023), and how far chance alone would be."
     from scipy.stats import binom
     gap = [abs(e.value - (1 - alpha)) for e in parts.values()]
     chance = [binom(e.n, 1 - alpha).expect(lambda h, m=e.n: abs(h / m - (1 - alpha))) for e in parts.values()]
     return float(np.mean(gap)), float(np.mean(chance))
 
 # %% ../../nbs/uncertainty/137_conditional.ipynb #strata
-def size_strata(sets: PredictionSets,
+def size_strata(sets: PredictionSets,  # of n rows that did not calibrate
                 y: ArrayLike,  # true classes, shape [n]
                 starts: Sequence[int] = (0, 1, 2, 4, 11, 101),  # first size of each stratum, rising from 0
                 level: float = 0.95,  # confidence of each interval, between 0 and 1
                ) -> dict[str, Estimate]:  # "2 to 3" -> coverage of the sets of that size
-    "Measure coverage within each stratum of set sizes."
+    "Measure coverage within each stratum of set sizes (Angelopoulos et al., 2021)."
     ends = [*(s - 1 for s in starts[1:]), len(sets.labels)]
     named = {i: f"{a}" if a == b else f"{a} to {b}" for i, (a, b) in enumerate(zip(starts, ends))}
     which, hits = np.searchsorted(starts, sets.sizes, side="right") - 1, sets.hits(y)
@@ -72,14 +72,14 @@ def lowest_stretch(at: np.ndarray,  # one number for each row, shape [n]
     return float(share[i, j]), float(at[order[rows[i]]]), float(at[order[rows[j] - 1]])
 
 # %% ../../nbs/uncertainty/137_conditional.ipynb #slab
-def worst_slab(sets: PredictionSets,
+def worst_slab(sets: PredictionSets,  # of n rows that did not calibrate, 40 / mass or more
                y: ArrayLike,  # true classes, shape [n]
                features: np.ndarray,  # what describes the rows, finite numbers, shape [n, d]
                mass: float = 0.1,  # least share of rows in the slab, between 0 and 1
                directions: int = 200,  # how many directions to search
                seed: int = 0,  # of the directions and of the halves
               ) -> Estimate:  # coverage of the worst slab, on rows that did not choose it
-    "Measure coverage in the slice of the data that looks worst."
+    "Measure coverage in the worst slice (Cauchois et al., 2021); raise TooFewRowsError under 40 / mass rows, DataError for a misfit."
     hits, x = sets.hits(y), np.asarray(features, dtype=np.float64)
     if len(x) != len(hits): raise DataError(f"{len(x)} rows of features for {len(hits)} sets", fix="give one for each row")
     if len(hits) < 40 / mass: raise TooFewRowsError(len(hits), int(np.ceil(40 / mass)), "a slab to search and to measure")

@@ -19,7 +19,7 @@ from .bounds import betting_p, binomial_p, hoeffding_bentkus_p, inside
 def loss_table(losses: ArrayLike,  # one row per example, one column per setting from safe to bold, shape [n, m]
                bound: float,  # the largest loss that is possible
               ) -> np.ndarray:  # float64, shape [n, m]
-    "Check losses that rise from the safest setting to the boldest."
+    "Check losses that rise from the safest setting to the boldest; raise DataError for any others."
     x = np.asarray(losses, dtype=np.float64)
     if x.ndim != 2 or x.shape[1] == 0: raise DataError(f"losses have shape {x.shape}, not [n, m]", fix="give one column per setting")
     if not ((0 <= x) & (x <= bound)).all():
@@ -49,7 +49,7 @@ def conformal_risk_control(losses: ArrayLike,  # one row per example, one column
                            alpha: float,  # expected loss to allow, more than 0
                            bound: float = 1.0,  # the largest loss that is possible
                           ) -> Control:
-    "Choose the boldest setting whose expected loss stays under a limit."
+    "Choose the boldest setting whose expected loss keeps a limit (Angelopoulos et al., 2022); raise ConfigurationError for a limit that is none."
     if not 0 < alpha < bound: raise ConfigurationError(f"alpha must lie between 0 and the largest loss, {bound:g}, got {alpha}")
     x = loss_table(losses, bound)
     budget = float((len(x) + 1) * Fraction(alpha).limit_denominator(10**6))
@@ -63,7 +63,7 @@ def loss_p(losses: np.ndarray,  # losses of one setting, each between 0 and 1, s
            delta: float,  # level of the test
            kind: str,  # "betting", "hoeffding-bentkus", or "binomial" for losses that can only be 0 or 1
           ) -> float:  # p-value
-    "Test whether a mean loss exceeds a limit."
+    "Test whether a mean loss exceeds a limit; raise ConfigurationError for another bound, DataError for losses that do not suit it."
     if kind == "betting": return betting_p(losses, max_risk, delta)
     if kind == "hoeffding-bentkus": return hoeffding_bentkus_p(losses, max_risk)
     if kind != "binomial": raise ConfigurationError(f"no bound {kind!r}", fix="use one of: betting, hoeffding-bentkus, binomial")
@@ -78,7 +78,7 @@ def risk_controlling(losses: ArrayLike,  # one row per example, one column per s
                      bound: float = 1.0,  # the largest loss that is possible
                      kind: str = "betting",  # "betting", "hoeffding-bentkus", or "binomial" for losses of 0 or `bound`
                     ) -> Control:
-    "Choose the boldest setting whose risk is under a limit, but for a probability `delta`."
+    "Choose the boldest setting whose risk keeps a limit, but for `delta` (Bates et al., 2021); raise ConfigurationError for a limit that is none."
     if not 0 < alpha < bound: raise ConfigurationError(f"alpha must lie between 0 and the largest loss, {bound:g}, got {alpha}")
     x, passed = loss_table(losses, bound) / bound, 0
     while passed < x.shape[1] and loss_p(x[:, passed], alpha / bound, inside("delta", delta), kind) <= delta: passed += 1

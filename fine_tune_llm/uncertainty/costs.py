@@ -15,13 +15,13 @@ from numpy.typing import ArrayLike
 from ..core.errors import ConfigurationError, DataError
 from ..core.labels import Labels, cost_matrix
 from .metrics import Estimate, mean, rate
-from .predictions import Predictions, refuse_overlap
+from .predictions import Predictions, refuse_overlap, true_classes
 
 # %% ../../nbs/uncertainty/154_costs.ipynb #cost-array
 def cost_array(costs: ArrayLike | Labels | None,  # K rows (true class) of K costs (answer); `Labels` for their weights; `None` for 0 and 1
                k: int,  # classes
               ) -> np.ndarray:  # float64, shape [K, K]
-    "Check a cost matrix, or make the one in which each mistake costs 1."
+    "Check a cost matrix, or make the one in which each mistake costs 1; raise ConfigurationError for another shape."
     if isinstance(costs, Labels): costs = cost_matrix(costs)
     c = 1.0 - np.eye(k) if costs is None else np.asarray(costs, dtype=np.float64)
     if c.shape != (k, k) or not np.isfinite(c).all():
@@ -47,11 +47,11 @@ class Weighed:
     p: np.ndarray  # its probability, shape [n]
     paid: np.ndarray  # True where it costs no more than a person, shape [n]
 
-def weigh(preds: Predictions,
+def weigh(preds: Predictions,  # n rows of K classes
           costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
           price: float | None,  # expected cost from which on a person is asked; `None` for never
          ) -> Weighed:
-    "Weigh the best answer of each row against a person (Chow's rule)."
+    "Weigh the best answer of each row against a person (Chow, 1970)."
     probs = preds.probabilities
     answer, cost = best_answers(probs, costs)
     return Weighed(answer, cost, probs[np.arange(len(preds)), answer], np.ones(len(preds), bool) if price is None else cost <= price)
@@ -62,8 +62,9 @@ def row_costs(action: np.ndarray,  # class answered, -1 where a person is asked,
               costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
               abstain_cost: float | None,  # cost of asking a person, where known
              ) -> np.ndarray:  # what each row cost, shape [n]
-    "Price what was done, row by row."
-    if len(y) != len(action): raise DataError(f"{len(y)} true classes for {len(action)} decisions")
+    "Price what was done, row by row; raise ConfigurationError for an abstention without a price, DataError for other rows or classes."
+    if np.shape(y) != action.shape: raise DataError(f"{np.size(y)} true classes for {len(action)} decisions")
+    y = true_classes(y, len(action), len(costs))
     if abstain_cost is None and (action < 0).any():
         raise ConfigurationError("the cost of asking a person is unknown", fix="give abstain_cost= to DecisionPolicy")
     return np.where(action < 0, abstain_cost or 0.0, costs[y, action])
@@ -95,24 +96,30 @@ class Decisions:
         "Give True where the policy abstains, shape [n]."
         return self.action < 0
 
-    def abstention(self, level: float = 0.95) -> Estimate:
+    def abstention(self, level: float = 0.95,  # confidence of the interval, between 0 and 1
+                  ) -> Estimate:
         "Estimate the share of rows that get no answer."
         return rate(int(self.abstained.sum()), len(self), "abstention", level)
 
-    def selective_risk(self, y: np.ndarray, level: float = 0.95) -> Estimate:
-        "Estimate the share of wrong answers among those given, for true classes `y`."
+    def selective_risk(self, y: np.ndarray,  # class numbers, shape [n]
+                       level: float = 0.95,  # confidence of the interval, between 0 and 1
+                      ) -> Estimate:
+        "Estimate the share of wrong answers among those given, for true classes `y`; raise OverlapError for calibration rows, DataError for no class."
         refuse_overlap(self.ids, {"the risk certificate": self.calibration_ids}, "a selective risk")
-        return rate(int((self.action != y)[~self.abstained].sum()), int((~self.abstained).sum()), "selective risk", level)
+        wrong = self.action != true_classes(y, len(self), len(self.labels))
+        return rate(int(wrong[~self.abstained].sum()), int((~self.abstained).sum()), "selective risk", level)
 
     risk = selective_risk
 
-    def mean_cost(self, y: np.ndarray, level: float = 0.95) -> Estimate:
-        "Estimate what a row costs, for true classes `y`."
+    def mean_cost(self, y: np.ndarray,  # class numbers, shape [n]
+                  level: float = 0.95,  # confidence of the interval, between 0 and 1
+                 ) -> Estimate:
+        "Estimate what a row costs, for true classes `y`; raise OverlapError for calibration rows, DataError for no class."
         refuse_overlap(self.ids, {"the risk certificate": self.calibration_ids}, "a mean cost")
         return mean(row_costs(self.action, y, self.costs, self.abstain_cost), "mean cost", level)
 
 # %% ../../nbs/uncertainty/154_costs.ipynb #against-always
-def cost_against_always(decisions: Decisions,
+def cost_against_always(decisions: Decisions,  # of n rows behind no certificate
                         y: np.ndarray,  # true classes, shape [n]
                         level: float = 0.95,  # confidence of the intervals, between 0 and 1
                        ) -> dict[str, Estimate]:  # "policy", "always" and "saved" = always - policy, cost per row
@@ -135,12 +142,12 @@ def plain_threshold(preds: Predictions,  # rows with true classes, to tune on
     return float(conf[order][last[bill[last].argmin()]]) if len(y) and bill[last].min() < 0 else np.inf
 
 # %% ../../nbs/uncertainty/154_costs.ipynb #against-plain
-def cost_against_plain(decisions: Decisions,
+def cost_against_plain(decisions: Decisions,  # of n rows behind no certificate
                        preds: Predictions,  # the same rows, with true classes
                        threshold: float,  # confidence from which on the plain policy answers
                        level: float = 0.95,  # confidence of the intervals, between 0 and 1
                       ) -> dict[str, Estimate]:  # "policy", "plain" and "saved" = plain - policy, cost per row
-    "Compare what the policy costs with what a plain threshold on confidence costs."
+    "Compare what the policy costs with what a plain threshold on confidence costs; raise DataError for other rows."
     y = preds.require_y("a comparison of costs")
     if not np.array_equal(preds.ids, decisions.ids): raise DataError("these are other rows", fix="pass the predictions that were decided")
     policy, spent = decisions.mean_cost(y, level), row_costs(decisions.action, y, decisions.costs, decisions.abstain_cost)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core.errors import ConfigurationError, DataError
 from .calibration import fresh_truth
+from .conformal import share_of_misses
 from .conformal_rank import marginal_rank, smallest_n
 from .p_values import tail_table
 from .predictions import Predictions
@@ -29,7 +30,7 @@ def cross_bound(n: int,  # calibration rows in all folds
 # %% ../../nbs/uncertainty/144_cross.ipynb #below
 def count_below(calibration: Predictions,  # the rows that a fold's model has not seen, with their true classes
                 test: Predictions,  # the rows to predict, by the same model
-                score: Score,
+                score: Score,  # its name and settings
                 u: tuple[np.ndarray, np.ndarray],  # coins of both
                ) -> np.ndarray:  # for each class of each row: how many calibration scores lie below its own, shape [m, K]
     "Compare every class with the calibration rows of one fold."
@@ -45,7 +46,7 @@ def count_below(calibration: Predictions,  # the rows that a fold's model has no
 def check_folds(calibrations: Sequence[Predictions],  # for each fold, its rows
                 tests: Sequence[Predictions],  # for each fold, the rows to predict
                ) -> None:
-    "Refuse folds that do not fit together."
+    "Refuse folds that do not fit together with DataError, or ConfigurationError for their number."
     if len(calibrations) != len(tests) or not len(tests):
         raise ConfigurationError(f"{len(calibrations)} folds and {len(tests)} predictions of new rows", fix="give one of each for each fold")
     ids = np.concatenate([c.ids for c in calibrations])
@@ -62,7 +63,8 @@ def cross_conformal(calibrations: Sequence[Predictions],  # for each fold, the r
                     score: Score | None = None,  # None for lac
                     seed: int = 0,  # of the coins
                    ) -> PredictionSets:
-    "Give the sets that all folds together support."
+    "Give the sets that all folds together support (Vovk, 2015); raise DataError or ConfigurationError where they do not fit."
+    alpha = share_of_misses(alpha)
     check_folds(calibrations, tests)
     how = score or Score("lac")
     coins = [tuple(row_coins(p.ids, seed) if how.tossed else np.ones(len(p)) for p in pair) for pair in zip(calibrations, tests)]

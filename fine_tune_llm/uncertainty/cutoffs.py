@@ -36,7 +36,7 @@ def mark(v: np.ndarray,  # numbers, shape [n, K]
 def block_sets(v: np.ndarray,  # probabilities, or log probabilities where the score reads these, shape [n, K]
                u: np.ndarray,  # coin of each row, shape [n]
                q: np.ndarray,  # threshold of each row, shape [n]
-               score: Score,
+               score: Score,  # its name and settings
                width: int,  # how far to look at first, 1 to K
               ) -> tuple[np.ndarray, np.ndarray]:  # (True where a class is in the set [n, K], sizes [n])
     "Find the sets of a block of rows."
@@ -71,10 +71,10 @@ def next_width(sizes: np.ndarray,  # set sizes so far, shape [n]
     return int(min(k, 8 + 1.1 * np.percentile(sizes, 95))) if len(sizes) else min(k, 128)
 
 # %% ../../nbs/uncertainty/134_cutoffs.ipynb #pack
-def pack_sets(preds: Predictions,
+def pack_sets(preds: Predictions,  # n rows of K classes
               u: np.ndarray,  # coin of each row, shape [n]
               q: np.ndarray,  # threshold of each row, shape [n]
-              score: Score,
+              score: Score,  # its name and settings
              ) -> np.ndarray:  # the sets as bits, uint8, shape [n, ceil(K / 8)]
     "Find the sets of all rows, a block at a time."
     k, found = len(preds.labels), [np.empty((0, -(-len(preds.labels) // 8)), dtype=np.uint8)]
@@ -90,10 +90,10 @@ def pack_sets(preds: Predictions,
     return np.concatenate(found)
 
 # %% ../../nbs/uncertainty/134_cutoffs.ipynb #pack-class
-def pack_by_class(preds: Predictions,
+def pack_by_class(preds: Predictions,  # n rows of K classes
                   u: np.ndarray,  # coin of each row, shape [n]
                   q: np.ndarray,  # threshold of each class, shape [K]
-                  score: Score,
+                  score: Score,  # its name and settings
                  ) -> np.ndarray:  # the sets as bits, uint8, shape [n, ceil(K / 8)]
     "Find the sets of all rows when each class has its own threshold."
     k = len(preds.labels)

@@ -73,7 +73,7 @@ def with_interval(estimate: Callable[..., Estimate],  # a metric
 # %% ../../nbs/uncertainty/110_estimates.ipynb #check-level
 def check_level(level: float,  # confidence of an interval
                ) -> float:  # the same, between 0 and 1, both excluded
-    "Refuse a confidence that is not between 0 and 1."
+    "Refuse a confidence that is not between 0 and 1 with ConfigurationError."
     if not 0 < level < 1: raise ConfigurationError(f"level must lie between 0 and 1, got {level}", fix="0.95 for 95%")
     return level
 
@@ -83,7 +83,7 @@ def rate(k: int,  # rows that count, 0 to n
          name: str = "",  # what the share is
          level: float = 0.95,  # confidence of the interval, between 0 and 1
         ) -> Estimate:  # a share between 0 and 1
-    "Estimate a share with Wilson's interval."
+    "Estimate a share with Wilson's (1927) interval; raise DataError for counts that are none."
     if not 0 <= k <= n: raise DataError(f"{k} of {n} is no share", fix="count integers with 0 <= k <= n")
     if n == 0: return Estimate(np.nan, 0.0, 1.0, 0, name, "Wilson", level)
     z, p = norm.isf((1 - check_level(level)) / 2), k / n
@@ -96,7 +96,7 @@ def clopper_pearson(k: int,  # rows that count, 0 to n
                     n: int,  # rows in all, 1 or more
                     level: float = 0.95,  # confidence of the interval, between 0 and 1
                    ) -> tuple[float, float]:  # (low, high), shares between 0 and 1
-    "Bound a share so that the interval is never too short, whatever the truth."
+    "Bound a share so that the interval is never too short (Clopper and Pearson, 1934); raise DataError for counts that are none."
     if not 0 <= k <= n or n < 1: raise DataError(f"{k} of {n} is no share", fix="count integers with 0 <= k <= n, n >= 1")
     tail = (1 - check_level(level)) / 2
     low = 0.0 if k == 0 else float(beta.ppf(tail, k, n - k + 1))

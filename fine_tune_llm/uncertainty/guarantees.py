@@ -52,7 +52,7 @@ def strata_cuts(scores: np.ndarray,  # calibration scores, shape [n]
                 strata: np.ndarray,  # part of each row, shape [n]
                 alpha: float,  # share of misses we tolerate, between 0 and 1
                ) -> dict[str, Cut]:  # part -> its threshold
-    "Pick a threshold within each part."
+    "Pick a threshold within each part (Vovk et al., 2005, who call it Mondrian)."
     parts = strata.astype(str)
     order = np.argsort(parts, kind="stable")
     names, starts = np.unique(parts[order], return_index=True)
@@ -74,7 +74,7 @@ def class_clusters(scores: np.ndarray,  # scores of rows that will not calibrate
                    clusters: int | None = None,  # how many; None for half the rows of the smallest described class
                    seed: int = 0,  # of the clustering
                   ) -> np.ndarray:  # cluster of each class, -1 for classes with too few rows, shape [K]
-    "Group classes that score alike."
+    "Group classes that score alike (Ding et al., 2023)."
     from sklearn.cluster import KMeans
     n = np.bincount(y, minlength=k)
     known = np.flatnonzero(n >= smallest_n(alpha))
@@ -91,7 +91,7 @@ def class_clusters(scores: np.ndarray,  # scores of rows that will not calibrate
 def check_weights(w: ArrayLike | None,  # ratio of densities of each row, in any unit
                   n: int,  # rows that there are
                  ) -> np.ndarray:  # float64, shape [n]
-    "Refuse weights that are none."
+    "Refuse weights that are none with DataError, and their absence with ConfigurationError."
     if w is None: raise ConfigurationError("the weighted guarantee needs weights", fix="give weights= to fit and to predict")
     found = np.asarray(w, dtype=np.float64)
     if found.shape != (n,) or not np.isfinite(found).all() or (found < 0).any():
@@ -104,7 +104,7 @@ def weighted_thresholds(scores: np.ndarray,  # calibration scores, shape [n]
                         new: np.ndarray,  # weights of the rows to come, shape [m]
                         alpha: float,  # share of misses we tolerate, between 0 and 1
                        ) -> np.ndarray:  # threshold of each row to come, +inf where the weights cannot support one, shape [m]
-    "Pick a threshold for each row under a shift of known ratio."
+    "Pick a threshold for each row under a shift of known ratio (Tibshirani et al., 2019)."
     marginal_rank(len(scores), alpha)  # refuses a level that is none
     order = np.argsort(scores, kind="stable")
     line, mass = np.append(scores[order], np.inf), np.cumsum(weights[order])

@@ -30,16 +30,16 @@ def misfits(ids: Sequence[Any],  # as they come, perhaps with repeats
 def order_by_id(ids: Sequence[Any],  # as they come
                 known: Sequence[Any],  # the same ids, in the order that is wanted
                ) -> np.ndarray:  # int64, shape [n]: position of each known id among `ids`
-    "Find each known id, or name what does not fit."
+    "Find each known id; raise DataError that names what does not fit."
     if wrong := misfits(ids, known): raise DataError(f"ids do not fit: {'; '.join(wrong)}", fix="mend the file, or leave these rows out")
     at = {str(i): k for k, i in enumerate(ids)}
     return np.array([at[str(i)] for i in known], dtype=np.int64)
 
 # %% ../../nbs/uncertainty/104_joining.ipynb #truth
-def join_truth(preds: Predictions,
+def join_truth(preds: Predictions,  # with or without truth, which is replaced
                truth: Mapping[Any, Any],  # id -> class name, or class number
               ) -> Predictions:  # with `y`
-    "Give predictions their true classes, by id."
+    "Give predictions their true classes, by id; raise DataError where one is missing."
     found = {str(i): v for i, v in truth.items()}
     if lacking := [i for i in preds.ids.tolist() if i not in found]:
         raise DataError(f"{len(lacking)} of {len(preds)} predictions have no truth", f"ids {', '.join(lacking[:3])}", "add them, or take() the rest")

@@ -45,10 +45,10 @@ _all_ = ["Estimate", "Interval", "rate", "mean", "clopper_pearson", "with_interv
          "CalibrationState", "calibration_state", "token_state"]
 
 # %% ../../nbs/uncertainty/118_metrics.ipynb #summary
-def summary(preds: Predictions,
+def summary(preds: Predictions,  # n rows with their true classes
             seed: int = 0,  # of all resamples
            ) -> dict[str, Estimate]:  # name -> estimate, in reading order
-    "Measure answers, probabilities, calibration and order at once."
+    "Measure answers, probabilities, calibration and order at once; raise DataError without true classes."
     found = [accuracy(preds), f1(preds, seed=seed), nll(preds), brier(preds), ece(preds, seed=seed), classwise_ece(preds, seed=seed),
              smooth_ece(preds, seed=seed), aurc(preds), augrc(preds)]
     return {e.name: e for e in found}

@@ -30,7 +30,7 @@ def next_p_value(past: list[float],  # scores so far, increasing
                  score: float,  # of the new row; high is strange
                  coin: float,  # a uniform number from 0 to 1
                 ) -> float:  # from 0 to 1, small for a strange row
-    "Rank a score among those before it, ties broken by a coin."
+    "Rank a score among those before it, ties broken by a coin (Vovk, Gammerman and Shafer, 2005)."
     low, high = bisect_left(past, score), bisect_right(past, score)
     return (len(past) - high + coin * (high - low + 1)) / (len(past) + 1)
 
@@ -52,7 +52,7 @@ def bet(stakes: np.ndarray,  # share of the capital with each player, sums to 1,
         p: float,  # p-value of the new row
         jump: float,  # share that each player gives to the pot
        ) -> tuple[np.ndarray, float]:  # (shares after the row, factor of the capital)
-    "Play one round."
+    "Play one round (the simple jumper of Vovk et al., 2021)."
     won = ((1 - jump) * stakes + jump / len(BETS)) * (1 + BETS * (0.5 - p))
     growth = float(won.sum())
     return won / growth, growth
@@ -69,7 +69,7 @@ def capital_path(p: np.ndarray,  # p-values in order of time, shape [T]
     return logs.cumsum(), stakes
 
 # %% ../../nbs/uncertainty/172_monitor.ipynb #scores
-def strangeness(preds: Predictions,
+def strangeness(preds: Predictions,  # n rows; with their true classes for "truth"
                 of: str,  # "truth" or "confidence"
                ) -> np.ndarray:  # scores, high where a row is strange, shape [n]
     "Score rows by what the monitor watches."
@@ -98,15 +98,17 @@ class ExchangeabilityMonitor:
             raise ConfigurationError(f"cannot watch {of!r}", where="of", fix="use one of: truth, confidence")
         self.false_alarm, self.of, self.jump, self.seed = false_alarm, of, jump, seed
 
-    def fit(self, preds: Predictions) -> "ExchangeabilityMonitor":
-        "Start with one coin and a past of rows that nothing has seen."
+    def fit(self, preds: Predictions,  # n rows that nothing has seen
+           ) -> "ExchangeabilityMonitor":  # the same object
+        "Start with one coin and a past of rows that nothing has seen; raise OverlapError, TooFewRowsError or DataError for unfit rows."
         fresh_truth(preds, "the monitor")
         self.past_, self.ids_, self.n_ = tuple(np.sort(strangeness(preds, self.of)).tolist()), tuple(preds.ids.tolist()), len(preds)
         self.stakes_, self.log_capital_, self.log_peak_, self.alarm_ = np.full(len(BETS), 1 / len(BETS)), 0.0, 0.0, None
         return self
 
-    def update(self, preds: Predictions) -> "ExchangeabilityMonitor":
-        "Play new rows, in their order in time."
+    def update(self, preds: Predictions,  # rows of the stream that were not played yet
+              ) -> "ExchangeabilityMonitor":  # the same object
+        "Play new rows, in their order in time; raise OverlapError for rows that were played before."
         require_fitted(self)
         refuse_overlap(preds.ids, {"calibration or the stream": frozenset(self.ids_)}, "the monitor")
         past = list(self.past_)
@@ -128,7 +130,13 @@ class ExchangeabilityMonitor:
     to_dict, save = estimator_dict, save_estimator
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "ExchangeabilityMonitor": return estimator_from(cls, value, noted=())
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "ExchangeabilityMonitor":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return estimator_from(cls, value, noted=())
 
     @classmethod
-    def load(cls, path: str | Path) -> "ExchangeabilityMonitor": return cls.from_dict(load_json(path))
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "ExchangeabilityMonitor":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return cls.from_dict(load_json(path))

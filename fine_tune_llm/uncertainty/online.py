@@ -36,7 +36,7 @@ def adapt(p: np.ndarray,  # p-values of the true classes, in order of time, shap
           step: float,  # gamma, how far one miss moves the level
           level: float,  # level before the first row
          ) -> tuple[np.ndarray, np.ndarray]:  # (levels before each row and after the last, shape [T + 1]; misses, bool, shape [T])
-    "Move the level row by row towards a share of misses."
+    "Move the level row by row towards a share of misses (Gibbs and Candès, 2021)."
     levels, missed = np.empty(len(p) + 1), np.empty(len(p), dtype=bool)
     levels[0] = level
     for t, value in enumerate(p.tolist()):
@@ -62,7 +62,7 @@ def promise(aci: Any,  # with alpha, step, rounds_ and misses_
 
 # %% ../../nbs/uncertainty/170_online.ipynb #class
 class AdaptiveConformal:
-    "Keep the share of misses on target along a stream, whatever the stream."
+    "Keep the share of misses on target along a stream, whatever the stream (Gibbs and Candès, 2021)."
     kind = "adaptive"
     scores_: np.ndarray  # -log p of the true class of the calibration rows, increasing, shape [n]
     level_: float  # alpha of the next set; at most 0 means full sets, at least 1 empty ones
@@ -77,28 +77,32 @@ class AdaptiveConformal:
         if not 0 < step < np.inf: raise ConfigurationError(f"step must be a positive number, got {step}", where="step")
         self.alpha, self.step = alpha, step
 
-    def fit(self, preds: Predictions) -> "AdaptiveConformal":
-        "Keep the scores of rows that nothing has seen, and start at alpha."
+    def fit(self, preds: Predictions,  # n rows that nothing has seen, with their true classes
+           ) -> "AdaptiveConformal":  # the same object
+        "Keep the scores of rows that nothing has seen, and start at alpha; raise OverlapError, TooFewRowsError or DataError for unfit rows."
         y = fresh_truth(preds, "adaptive conformal prediction")
         self.scores_ = np.sort(-preds.log_probs[np.arange(len(y)), y])
         self.level_, self.rounds_, self.misses_ = self.alpha, 0, 0
         self.ids_, self.names_ = tuple(preds.ids.tolist()), preds.labels.names
         return self
 
-    def p_values(self, preds: Predictions) -> np.ndarray:
-        "Give the p-value of every class of every row, shape [n, K]."
+    def p_values(self, preds: Predictions,  # n rows of the stream
+                ) -> np.ndarray:
+        "Give the p-value of every class of every row, shape [n, K]; raise ConfigurationError for other labels, OverlapError for known rows."
         require_fitted(self)
         if preds.labels.names != self.names_:
             raise ConfigurationError("the labels are not those of the calibration", fix="predict with the same classes in the same order")
         refuse_overlap(preds.ids, {"calibration": frozenset(self.ids_)}, "the stream")
         return rank_p_values(self.scores_, -preds.log_probs)
 
-    def predict(self, preds: Predictions) -> np.ndarray:
+    def predict(self, preds: Predictions,  # n rows of the stream
+               ) -> np.ndarray:  # bool, shape [n, K]
         "Say which classes are in the set of each row at the level of the moment, shape [n, K]."
         return self.p_values(preds) > self.level_
 
-    def update(self, preds: Predictions) -> "AdaptiveConformal":
-        "Learn from rows whose truth is known, in their order in time."
+    def update(self, preds: Predictions,  # rows of the stream, with their true classes
+              ) -> "AdaptiveConformal":  # the same object
+        "Learn from rows whose truth is known, in their order in time; raise DataError where it is not."
         y = preds.require_y("adaptive conformal prediction")
         levels, missed = adapt(self.p_values(preds)[np.arange(len(y)), y], self.alpha, self.step, self.level_)
         self.level_, self.rounds_, self.misses_ = float(levels[-1]), self.rounds_ + len(y), self.misses_ + int(missed.sum())
@@ -111,7 +115,13 @@ class AdaptiveConformal:
     to_dict, save = estimator_dict, save_estimator
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "AdaptiveConformal": return estimator_from(cls, value, noted=())
+    def from_dict(cls, value: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "AdaptiveConformal":
+        "Rebuild what `to_dict` gave; raise DataError for another kind of value."
+        return estimator_from(cls, value, noted=())
 
     @classmethod
-    def load(cls, path: str | Path) -> "AdaptiveConformal": return cls.from_dict(load_json(path))
+    def load(cls, path: str | Path,  # JSON file of `save`
+            ) -> "AdaptiveConformal":
+        "Read what `save` wrote; raise DataError for another kind of file."
+        return cls.from_dict(load_json(path))

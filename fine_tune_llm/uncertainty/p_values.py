@@ -39,7 +39,8 @@ def p_of(s: np.ndarray,  # scores of classes, any shape
     return (ahead + u * (tail[at] - ahead + own)) / (tail[0] + own)
 
 # %% ../../nbs/uncertainty/142_p_values.ipynb #tables
-def line_tables(line: Line) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # part -> its table; '' where one serves all rows
+def line_tables(line: Line,  # scores of the calibration rows
+               ) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # part -> its table; '' where one serves all rows
     "Make the tables of a line of scores."
     if line.strata is None: return {"": tail_table(line.scores, line.weights)}
     return {name: tail_table(line.scores[line.strata == name]) for name in np.unique(line.strata).tolist()}
@@ -48,11 +49,11 @@ def line_tables(line: Line) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # part
 EMPTY = np.empty(0), np.zeros(1)  # the table of no scores
 
 def conformal_p_values(classifier: ConformalClassifier,  # fitted
-                       preds: Predictions,
+                       preds: Predictions,  # n rows of K classes, with the labels of the calibration
                        smoothed: bool = False,  # toss a coin for ties: exactly uniform, instead of never too small
                        weights: ArrayLike | None = None,  # ratio of densities of each row, shape [n], for weighted
                       ) -> np.ndarray:  # p-value of each class, float64, shape [n, K]
-    "Give each class of each row its p-value."
+    "Give each class of each row its p-value; raise ConfigurationError where the classifier is not fitted."
     require_fitted(classifier)
     line, promise, score, k = classifier.line_, classifier.promise, classifier.score_, len(preds.labels)
     tables, p = line_tables(line), np.empty((len(preds), k))

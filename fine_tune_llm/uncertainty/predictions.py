@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log_softmax_rows', 'check_scores', 'true_classes', 'settled', 'write_columns', 'read_columns', 'labels_from',
-           'to_columns', 'from_columns', 'rows_of', 'refuse_overlap', 'Predictions']
+           'to_columns', 'from_columns', 'rows_of', 'refuse_overlap', 'told_fields', 'Predictions']
 
 # %% ../../nbs/uncertainty/100_predictions.ipynb #imports
 import json
@@ -31,7 +31,7 @@ def check_scores(scores: np.ndarray,  # probabilities or logits, shape [n, K]
                  name: str,  # "probs" or "logits", for the message
                  shape: tuple[int, int],  # (rows, labels) that it must have
                 ) -> None:
-    "Refuse scores that are no table of probabilities or logits."
+    "Refuse scores that are no table of probabilities or logits with DataError."
     if scores.shape != shape:
         raise DataError(f"{name} has shape {scores.shape}", fix=f"give one row per id and one column per label: {shape}")
     bad = ~np.isfinite(scores).all(axis=1)
@@ -46,7 +46,7 @@ def true_classes(y: Any,  # class numbers, shape [n]
                  n: int,  # rows that there are
                  k: int,  # classes that there are
                 ) -> np.ndarray:  # int64, shape [n]
-    "Check that each row has a true class that exists."
+    "Check that each row has a true class that exists; raise DataError otherwise."
     y = np.asarray(y)
     if y.shape != (n,) or y.dtype.kind not in "iu" or not ((0 <= y) & (y < k)).all():
         raise DataError(f"y must hold {n} class numbers 0..{k - 1}", where=f"y of shape {y.shape}, type {y.dtype}",
@@ -56,7 +56,7 @@ def true_classes(y: Any,  # class numbers, shape [n]
 # %% ../../nbs/uncertainty/100_predictions.ipynb #settle
 def settled(v: Mapping[str, Any],  # the fields of `Predictions`, by name
            ) -> dict[str, Any]:  # the fields in their final form
-    "Check the fields of predictions and put them into their final form."
+    "Check the fields of predictions and put them into their final form; raise DataError where they do not fit."
     if (v["probs"] is None) == (v["logits"] is None):
         raise DataError("predictions need probabilities or logits", fix="give one of probs=, logits=")
     name, ids = "logits" if v["probs"] is None else "probs", np.asarray(v["ids"], dtype=str)
@@ -93,7 +93,7 @@ def write_columns(path: str | Path,  # file to write or replace
 # %% ../../nbs/uncertainty/100_predictions.ipynb #read
 def read_columns(path: str | Path,  # file that `write_columns` wrote
                 ) -> tuple[dict[str, Any], dict[str, Any]]:  # (name -> pyarrow column or matrix [n, K], metadata)
-    "Read columns and their metadata from a Parquet file."
+    "Read columns and their metadata from a Parquet file; raise DataError where it holds no predictions."
     import pyarrow as pa
     import pyarrow.parquet as pq
     try: table = pq.read_table(path)
@@ -153,12 +153,20 @@ def refuse_overlap(ids: Iterable[str],  # rows that must be unseen
                    purpose: str,  # what the rows are to be used for
                    accept: str = "",  # a reason to go on all the same, without a guarantee
                   ) -> str:  # "", or the words "no guarantee" with what was found and the reason
-    "Refuse rows that an earlier stage has used, or say what using them costs."
+    "Refuse rows that an earlier stage has used with OverlapError, or say what using them costs."
     ids = [str(i) for i in ids]
     used = {stage: [i for i in ids if i in rows] for stage, rows in seen.items()}
     found = [OverlapError(again, stage=stage, purpose=purpose) for stage, again in used.items() if again]
     if found and not accept.strip(): raise found[0]
     return f"no guarantee: {'; '.join(f'{e.found} ({e.where})' for e in found)}; accepted: {accept}" if found else ""
+
+# %% ../../nbs/uncertainty/100_predictions.ipynb #told
+def told_fields(v: Mapping[str, Any],  # the fields of `Predictions`, by name
+               ) -> str:  # counts and names of stages; no id, no text, no probability
+    "Say in one line what predictions hold."
+    parts = [f"{len(v['ids'])} rows", f"{len(v['labels'])} labels", f"split {v['split'] or 'unnamed'}",
+             f"y {'unknown' if v['y'] is None else 'known'}", *(f"{k} saw {len(used)}" for k, used in v["seen"].items())]
+    return f"Predictions({', '.join(parts)})"
 
 # %% ../../nbs/uncertainty/100_predictions.ipynb #predictions
 @dataclass(frozen=True, eq=False, repr=False)
@@ -180,10 +188,7 @@ class Predictions:
         for name, value in settled(vars(self)).items(): object.__setattr__(self, name, value)
     def __len__(self) -> int: return len(self.ids)
 
-    def __repr__(self) -> str:
-        parts = [f"{len(self)} rows", f"{len(self.labels)} labels", f"split {self.split or 'unnamed'}",
-                 f"y {'unknown' if self.y is None else 'known'}", *(f"{k} saw {len(v)}" for k, v in self.seen.items())]
-        return f"Predictions({', '.join(parts)})"
+    def __repr__(self) -> str: return told_fields(vars(self))
 
     @property
     def log_probs(self) -> np.ndarray:
@@ -206,30 +211,33 @@ class Predictions:
         "Give the probability of each answer, shape [n]."
         return self.probabilities.max(axis=1)
 
-    def require_y(self, purpose: str) -> np.ndarray:
-        "Give the true classes, or say what needs them."
+    def require_y(self, purpose: str) -> np.ndarray:  # what needs them, for the message
+        "Give the true classes, shape [n], or raise DataError that says what needs them."
         if self.y is None: raise DataError(f"{purpose} needs the true classes", fix="give y= to Predictions")
         return self.y
 
-    def take(self, rows: Any) -> "Predictions":
+    def take(self, rows: Any) -> "Predictions":  # mask [n], positions [m] or a slice
         "Keep the rows of a mask or of an array of positions."
         positions = np.arange(len(self))[rows]
         return replace(self, **{k: rows_of(getattr(self, k), positions) for k in ("ids", "probs", "logits", "y", "groups", "texts", "abstention")})
 
-    def refuse_overlap(self, purpose: str, accept: str = "") -> str:
-        "Refuse rows of ours that an earlier stage has used, or say what using them costs."
+    def refuse_overlap(self, purpose: str,  # what the rows are to be used for
+                       accept: str = "",  # a reason to go on all the same, without a guarantee
+                      ) -> str:  # "", or the words "no guarantee" with what was found
+        "Refuse rows of ours that an earlier stage has used with OverlapError, or say what using them costs."
         training = frozenset(self.ids.tolist()) if self.split == "train" else frozenset()
         return refuse_overlap(self.ids, {**self.seen, "training": self.seen.get("training", frozenset()) | training}, purpose, accept)
 
-    def used_by(self, stage: str, ids: Iterable[str]) -> "Predictions":
+    def used_by(self, stage: str, ids: Iterable[str],  # "training" or a name of yours; rows that it used, these or others
+               ) -> "Predictions":
         "Add the rows that a stage used to the ledger."
         return replace(self, seen={**self.seen, stage: self.seen.get(stage, frozenset()) | frozenset(map(str, ids))})
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path) -> None:  # Parquet file to write or replace
         "Write one Parquet file."
         write_columns(path, *to_columns(vars(self)))
 
     @classmethod
-    def load(cls, path: str | Path) -> "Predictions":
-        "Read what `save` wrote, every bit of it."
+    def load(cls, path: str | Path) -> "Predictions":  # Parquet file of `save`
+        "Read what `save` wrote, every bit of it; raise DataError for another file."
         return cls(**from_columns(*read_columns(path)))

@@ -18,20 +18,20 @@ from .streaming import bin_sums
 
 # %% ../../nbs/uncertainty/112_quality.ipynb #accuracy
 @with_interval
-def accuracy(preds: Predictions,
+def accuracy(preds: Predictions,  # n rows with their true classes
              level: float = 0.95,  # confidence of the interval, between 0 and 1
             ) -> Estimate:  # a share between 0 and 1
-    "Estimate how often the answer is right."
+    "Estimate how often the answer is right; raise DataError without true classes."
     y = preds.require_y("accuracy")
     return rate(int((preds.answers == y).sum()), len(y), "accuracy", level)
 
 # %% ../../nbs/uncertainty/112_quality.ipynb #top-k
 @with_interval
-def top_k_accuracy(preds: Predictions,
+def top_k_accuracy(preds: Predictions,  # n rows with their true classes
                    k: int = 5,  # answers that are looked at, 1 or more
                    level: float = 0.95,  # confidence of the interval, between 0 and 1
                   ) -> Estimate:  # a share between 0 and 1
-    "Estimate how often the true class is among the k most probable."
+    "Estimate how often the true class is among the k most probable; raise ConfigurationError for k below 1."
     if k < 1: raise ConfigurationError(f"k must be 1 or more, got {k}")
     y = preds.require_y("top-k accuracy")
     scores = np.asarray(preds.logits if preds.probs is None else preds.probs)
@@ -40,7 +40,8 @@ def top_k_accuracy(preds: Predictions,
     return rate(int((before < k).sum()), len(y), f"top-{k} accuracy", level)
 
 # %% ../../nbs/uncertainty/112_quality.ipynb #confusion
-def confusion_matrix(preds: Predictions) -> np.ndarray:  # counts, shape [K, K]: row = true class, column = answer
+def confusion_matrix(preds: Predictions,  # n rows with their true classes
+                    ) -> np.ndarray:  # counts, shape [K, K]: row = true class, column = answer
     "Count each pair of true class and answer."
     k, y = len(preds.labels), preds.require_y("a confusion matrix")
     return np.bincount(y * k + preds.answers, minlength=k * k).reshape(k, k)
@@ -59,13 +60,13 @@ def f1_of(right: np.ndarray,  # rows rightly given each class, shape [..., K]
 
 # %% ../../nbs/uncertainty/112_quality.ipynb #f1
 @with_interval
-def f1(preds: Predictions,
+def f1(preds: Predictions,  # n rows with their true classes
        average: str = "macro",  # "macro": classes alike; "weighted": by their true rows
        n_boot: int = 1000,  # resamples for the interval
        seed: int = 0,  # of the resamples
        level: float = 0.95,  # confidence of the interval, between 0 and 1
       ) -> Estimate:  # between 0 and 1
-    "Estimate the F1 score, averaged over the classes."
+    "Estimate the F1 score, averaged over the classes; raise ConfigurationError for another average."
     if average not in ("macro", "weighted"): raise ConfigurationError(f"unknown average {average!r}", fix="macro or weighted")
     name, tail, k = f"{average} F1", (1 - check_level(level)) / 2, len(preds.labels)
     pairs, counts = np.unique(preds.require_y("F1") * k + preds.answers, return_counts=True)
@@ -80,19 +81,19 @@ def f1(preds: Predictions,
 
 # %% ../../nbs/uncertainty/112_quality.ipynb #nll
 @with_interval
-def nll(preds: Predictions,
+def nll(preds: Predictions,  # n rows with their true classes
         level: float = 0.95,  # confidence of the interval, between 0 and 1
        ) -> Estimate:  # nats per row, 0 or more
-    "Estimate the mean negative log likelihood of the true class."
+    "Estimate the mean negative log likelihood, -log p of the true class (a proper score: Gneiting and Raftery, 2007)."
     y = preds.require_y("nll")
     return mean(-preds.log_probs[np.arange(len(y)), y], "nll", level)
 
 # %% ../../nbs/uncertainty/112_quality.ipynb #brier
 @with_interval
-def brier(preds: Predictions,
+def brier(preds: Predictions,  # n rows with their true classes
           level: float = 0.95,  # confidence of the interval, between 0 and 1
          ) -> Estimate:  # between 0 (sure and right) and 2 (sure and wrong)
-    "Estimate the mean squared distance between the probabilities and the truth."
+    "Estimate the mean squared distance between probabilities and truth (a proper score: Gneiting and Raftery, 2007)."
     y, p = preds.require_y("brier"), preds.probabilities.astype(np.float64, copy=False)
     return mean(np.einsum("ij,ij->i", p, p) - 2 * p[np.arange(len(y)), y] + 1, "brier", level)
 
@@ -112,7 +113,7 @@ class BrierParts(NamedTuple):
 # %% ../../nbs/uncertainty/112_quality.ipynb #class-parts
 def class_parts(sums: np.ndarray,  # sums of one class, n >= 1 rows, from `bin_sums`
                ) -> np.ndarray:  # reliability, resolution, uncertainty, within: shape [4]
-    "Split the Brier score of one class."
+    "Split the Brier score of one class (Murphy, 1973; inside the bins: Stephenson et al., 2008)."
     rows, p, p2 = sums.sum(axis=1)
     n, y, py, there = rows.sum(), sums[0, 1], sums[1, 1], np.maximum(rows, 1)  # an empty bin adds 0 to each sum
     share = y.sum() / n
@@ -122,10 +123,10 @@ def class_parts(sums: np.ndarray,  # sums of one class, n >= 1 rows, from `bin_s
     return np.array([reliability, resolution, share * (1 - share), within])
 
 # %% ../../nbs/uncertainty/112_quality.ipynb #brier-parts
-def brier_parts(preds: Predictions,
+def brier_parts(preds: Predictions,  # n rows with their true classes
                 bins: int = 15,  # equal parts of the probabilities 0 to 1
                ) -> BrierParts:  # NaN for no rows
-    "Split the Brier score into reliability, resolution and uncertainty."
+    "Split the Brier score into reliability, resolution and uncertainty (Murphy, 1973; Stephenson et al., 2008)."
     y, p = preds.require_y("the parts of the Brier score"), preds.probabilities
     if len(y) == 0: return BrierParts(np.nan, np.nan, np.nan, np.nan)
     parts = np.sum([class_parts(bin_sums(p[:, k], y == k, bins)) for k in range(p.shape[1])], axis=0)

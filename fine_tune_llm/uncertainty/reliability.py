@@ -29,7 +29,7 @@ def edges_of(confidence: np.ndarray,  # shape [n]
              bins: int,  # how many
              kind: str,  # "equal-width" or "equal-mass"
             ) -> np.ndarray | None:  # upper ends of all bins but the last; None for equal widths
-    "Find where bins end, or refuse the settings."
+    "Find where bins end; raise ConfigurationError for settings that are none."
     if bins < 1 or bins != int(bins): raise ConfigurationError(f"bins must be 1 or more, got {bins}")
     if kind not in KINDS: raise ConfigurationError(f"unknown kind {kind!r}", fix=f"one of {', '.join(KINDS)}")
     return mass_edges(confidence, bins) if kind == "equal-mass" else None
@@ -44,13 +44,14 @@ def places(confidence: np.ndarray,  # shape [n]
     return np.minimum((c * bins).astype(np.int64), bins - 1) if edges is None else np.searchsorted(edges, c)
 
 # %% ../../nbs/uncertainty/113_reliability.ipynb #outcomes
-def outcomes(preds: Predictions) -> tuple[np.ndarray, np.ndarray]:  # (confidence of each answer, whether it was right), both [n]
+def outcomes(preds: Predictions,  # n rows with their true classes
+            ) -> tuple[np.ndarray, np.ndarray]:  # (confidence of each answer, whether it was right), both [n]
     "Read off how confident each answer was, and whether it was right."
     y = preds.require_y("a calibration error")
     return preds.confidence, preds.answers == y
 
 # %% ../../nbs/uncertainty/113_reliability.ipynb #binned
-def binned(preds: Predictions,
+def binned(preds: Predictions,  # n rows with their true classes
            bins: int = 15,  # parts of the confidences 0 to 1
            kind: str = "equal-width",  # or "equal-mass"
           ) -> tuple[np.ndarray, np.ndarray]:  # (bin of each row, correct - confidence of each row), both [n]
@@ -59,11 +60,11 @@ def binned(preds: Predictions,
     return places(confidence, bins, edges_of(confidence, bins, kind)), right - confidence
 
 # %% ../../nbs/uncertainty/113_reliability.ipynb #sums-of
-def sums_of(x: Predictions | CalibrationState,
+def sums_of(x: Predictions | CalibrationState,  # rows with their true classes, or what `update` added up
             bins: int = 15,  # parts of the confidences 0 to 1; a state has its own
             kind: str = "equal-width",  # or "equal-mass", for predictions alone
            ) -> np.ndarray:  # float64, shape [3, 2, bins]
-    "Give the sums by bin and outcome of predictions or of a state."
+    "Give the sums by bin and outcome of predictions or of a state; raise ConfigurationError for bins that a state has not."
     if not isinstance(x, CalibrationState):
         confidence, right = outcomes(x)
         return bin_sums(confidence, right, bins, edges_of(confidence, bins, kind))
@@ -72,7 +73,7 @@ def sums_of(x: Predictions | CalibrationState,
     return x.sums
 
 # %% ../../nbs/uncertainty/113_reliability.ipynb #reliability
-def reliability(x: Predictions | CalibrationState,
+def reliability(x: Predictions | CalibrationState,  # rows with their true classes, or what `update` added up
                 bins: int = 15,  # parts of the confidences 0 to 1
                 kind: str = "equal-width",  # or "equal-mass"
                ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # rows, mean confidence, share right: [bins], NaN if empty

@@ -63,9 +63,9 @@ def blocks(n: int,  # rows
     return (slice(a, min(a + step, n)) for a in range(0, n, step))
 
 # %% ../../nbs/uncertainty/132_scores.ipynb #block-values-def
-def block_values(preds: Predictions,
+def block_values(preds: Predictions,  # n rows of K classes
                  rows: slice,  # the block
-                 score: Score,
+                 score: Score,  # which says whether logarithms are read
                 ) -> np.ndarray:  # probabilities, or log probabilities where the score reads these, shape [rows, K]
     "Read what a score needs of a block of rows."
     if preds.probs is not None:
@@ -91,7 +91,7 @@ def tossed_score(p: np.ndarray,  # probability of the class, float64
                  place: np.ndarray,  # its place from 1, same shape
                  top: np.ndarray,  # largest probability of its row, same shape
                  u: np.ndarray,  # coin of its row, same shape
-                 score: Score,
+                 score: Score,  # aps, raps, saps or topk, with its settings
                 ) -> np.ndarray:  # scores, float64, same shape
     "Score classes from their mass and place."
     if score.name == "topk": return place - 1 + u
@@ -104,7 +104,7 @@ def tossed_score(p: np.ndarray,  # probability of the class, float64
 def true_block(v: np.ndarray,  # probabilities, or log probabilities where the score reads these, shape [n, K]
                y: np.ndarray,  # true classes, shape [n]
                u: np.ndarray,  # coin of each row, shape [n]
-               score: Score,
+               score: Score,  # its name and settings
               ) -> np.ndarray:  # scores, float64, shape [n]
     "Score the true class of each row of a block."
     own = np.take_along_axis(v, y[:, None], axis=1)
@@ -118,10 +118,10 @@ def true_block(v: np.ndarray,  # probabilities, or log probabilities where the s
     return tossed_score(own[:, 0].astype(np.float64), *ahead(v, y), v.max(axis=1).astype(np.float64), u, score)
 
 # %% ../../nbs/uncertainty/132_scores.ipynb #true-scores-def
-def true_scores(preds: Predictions,
+def true_scores(preds: Predictions,  # n rows of K classes
                 y: np.ndarray,  # true classes, shape [n]
                 u: np.ndarray,  # coin of each row, shape [n]
-                score: Score,
+                score: Score,  # its name and settings
                ) -> np.ndarray:  # scores, float64, shape [n]
     "Score the true class of each row."
     parts = [true_block(block_values(preds, rows, score), y[rows], u[rows], score) for rows in blocks(len(y), len(preds.labels))]
@@ -131,7 +131,7 @@ def true_scores(preds: Predictions,
 def entmax_ranked(z: np.ndarray,  # logits or log probabilities, each row falling, shape [n, m]
                   gamma: float,  # 1.5 or 2
                  ) -> np.ndarray:  # scores, float64, shape [n, m]
-    "Score sorted classes by entmax."
+    "Score sorted classes by entmax (Campos et al., 2025)."
     gap, r = z[:, :-1] - z[:, 1:], np.arange(1, z.shape[1])
     start = np.zeros((len(z), 1))
     first = np.hstack([start, np.cumsum(r * gap, axis=1)])
@@ -141,7 +141,7 @@ def entmax_ranked(z: np.ndarray,  # logits or log probabilities, each row fallin
 # %% ../../nbs/uncertainty/132_scores.ipynb #ranked
 def ranked_scores(v: np.ndarray,  # (log) probabilities, each row falling; the first m classes will do, shape [n, m]
                   u: np.ndarray,  # coin of each row, shape [n]
-                  score: Score,
+                  score: Score,  # its name and settings
                  ) -> np.ndarray:  # scores, float64, rising along each row, shape [n, m]
     "Score the most probable classes of each row."
     if score.name == "lac": return -v
@@ -158,7 +158,7 @@ def ranked_scores(v: np.ndarray,  # (log) probabilities, each row falling; the f
 # %% ../../nbs/uncertainty/132_scores.ipynb #class-block
 def class_block(v: np.ndarray,  # probabilities, or log probabilities where the score reads these, shape [n, K]
                 u: np.ndarray,  # coin of each row, shape [n]
-                score: Score,
+                score: Score,  # its name and settings
                ) -> np.ndarray:  # scores, float64, shape [n, K]
     "Score every class of each row of a block."
     if score.name == "lac": return -v
@@ -170,7 +170,7 @@ def class_block(v: np.ndarray,  # probabilities, or log probabilities where the 
 # %% ../../nbs/uncertainty/132_scores.ipynb #slack
 def slack(q: np.ndarray,  # thresholds, any shape
           k: int,  # classes
-          score: Score,
+          score: Score,  # its name and settings
          ) -> np.ndarray:  # what rounding may cost, same shape
     "Bound the difference between the two ways to a score."
     if score.name in ("aps", "raps"): return np.full(np.shape(q), 2 * k * 2**-52)

@@ -33,7 +33,7 @@ class Ranking:
 def ranking(score: Any,  # large where the model is sure, shape [n]
             loss: Any,  # what each answer costs, 0 or more, shape [n]
            ) -> Ranking:
-    "Sort rows by score, and share the losses inside ties."
+    "Sort rows by score, and share the losses inside ties; raise DataError for scores or losses that are none."
     s, own = np.asarray(score, dtype=np.float64), np.asarray(loss, dtype=np.float64)
     if s.ndim != 1 or s.shape != own.shape: raise DataError(f"scores of shape {s.shape}, losses {own.shape}", fix="give one of each per row")
     for name, bad in (("score", np.isnan(s)), ("loss", ~(np.isfinite(own) & (own >= 0)))):
@@ -45,7 +45,7 @@ def ranking(score: Any,  # large where the model is sure, shape [n]
     return Ranking(rows, tie, own, mean[tie] if len(s) else own)
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #chosen
-def chosen(preds: Predictions,
+def chosen(preds: Predictions,  # n rows; with their true classes where no loss is given
            score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
            loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
           ) -> Ranking:
@@ -54,7 +54,7 @@ def chosen(preds: Predictions,
     return ranking(preds.confidence if score is None else score, np.asarray(loss, dtype=np.float64))
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #risk-coverage
-def risk_coverage(preds: Predictions,
+def risk_coverage(preds: Predictions,  # n rows; with their true classes where no loss is given
                   score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
                   loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
                  ) -> tuple[np.ndarray, np.ndarray]:  # (coverage, selective risk), both [n]
@@ -63,10 +63,10 @@ def risk_coverage(preds: Predictions,
     return k / max(len(preds), 1), np.cumsum(chosen(preds, score, loss).expected) / k
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #influence
-def influence(r: Ranking,
+def influence(r: Ranking,  # n rows in the order of confidence
               v: np.ndarray,  # weight of each coverage in the metric, shape [n]
              ) -> np.ndarray:  # how the metric moves with the weight of each row, shape [n], in the order of the rows; mean 0
-    "Measure what each row does to a weighted sum of the curve."
+    "Measure what each row does to a weighted sum of the curve (infinitesimal jackknife: Efron, 1982)."
     def shared(x: np.ndarray) -> np.ndarray: return (np.bincount(r.tie, x) / np.bincount(r.tie))[r.tie]
     reach, margin = np.cumsum(v[::-1])[::-1], np.cumsum((v * r.expected)[::-1])[::-1]
     psi, out = len(v) * (shared(reach) * r.own - shared(margin)), np.empty(len(v))
@@ -74,9 +74,9 @@ def influence(r: Ranking,
     return out
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #area
-def area(r: Ranking,
+def area(r: Ranking,  # n rows in the order of confidence
          v: np.ndarray,  # weight of each coverage, shape [n]
-        ) -> float:
+        ) -> float:  # in the unit of the loss
     "Add up the losses at each coverage, weighted."
     return float(np.dot(v, np.cumsum(r.expected)))
 
@@ -92,7 +92,7 @@ def risk_weights(n: int,  # rows
 def around(name: str,  # of the metric
            value: float,  # the metric
            psi: np.ndarray,  # influence of each row, shape [n]
-           r: Ranking,
+           r: Ranking,  # the same rows
            level: float,  # confidence of the interval, between 0 and 1
            least: float = 0.0,  # smallest value that the metric can have
           ) -> Estimate:
@@ -108,30 +108,30 @@ def around(name: str,  # of the metric
 def oracle_aurc(errors: int,  # wrong rows, 0 to n
                 n: int,  # rows, 1 or more
                ) -> float:  # between 0 and 1
-    "Give the AURC of an order that puts all errors last."
+    "Give the AURC of an order that puts all errors last; raise DataError for counts that are none."
     if not 0 <= errors <= n or n < 1: raise DataError(f"{errors} errors in {n} rows", fix="count integers with 0 <= errors <= n, n >= 1")
     right = n - errors
     return float((errors - right * (digamma(n + 1) - digamma(right + 1))) / n)
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #aurc
 @with_interval
-def aurc(preds: Predictions,
+def aurc(preds: Predictions,  # n rows; with their true classes where no loss is given
          score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
          loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
          level: float = 0.95,  # confidence of the interval, between 0 and 1
         ) -> Estimate:  # in the unit of the loss
-    "Estimate the area under the risk-coverage curve."
+    "Estimate the area under the risk-coverage curve (Geifman et al., 2019)."
     r, v = chosen(preds, score, loss), risk_weights(len(preds))
     return around("aurc", area(r, v), influence(r, v) if len(v) else v, r, level)
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #eaurc
 @with_interval
-def eaurc(preds: Predictions,
+def eaurc(preds: Predictions,  # n rows; with their true classes where no loss is given
           score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
           loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
           level: float = 0.95,  # confidence of the interval, between 0 and 1
          ) -> Estimate:  # in the unit of the loss; 0 for an order that puts the losses last
-    "Estimate the AURC in excess of the best possible order."
+    "Estimate the AURC in excess of the best possible order (Geifman et al., 2019)."
     r, v = chosen(preds, score, loss), risk_weights(len(preds))
     if len(v) == 0: return around("e-aurc", np.nan, v, r, level)
     best = ranking(-r.own[np.argsort(r.rows)], r.own[np.argsort(r.rows)])
@@ -139,12 +139,12 @@ def eaurc(preds: Predictions,
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #augrc
 @with_interval
-def augrc(preds: Predictions,
+def augrc(preds: Predictions,  # n rows; with their true classes where no loss is given
           score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
           loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
           level: float = 0.95,  # confidence of the interval, between 0 and 1
          ) -> Estimate:  # between 0 and 1/2 for 0/1 losses
-    "Estimate the area under the generalised risk-coverage curve."
+    "Estimate the area under the generalised risk-coverage curve (Traub et al., 2024)."
     n = len(preds)
     r, v = chosen(preds, score, loss), np.full(n, 1 / max(n, 1) ** 2)
     if n == 0: return around("augrc", np.nan, v, r, level)
@@ -152,13 +152,13 @@ def augrc(preds: Predictions,
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #prr
 @with_interval
-def prr(preds: Predictions,
+def prr(preds: Predictions,  # n rows; with their true classes where no loss is given
         score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
         loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
         max_rejection: float = 0.5,  # largest share of rows to reject, above 0, at most 1
         level: float = 0.95,  # confidence of the interval, between 0 and 1
        ) -> Estimate:  # 1 for the oracle, 0 for a random order
-    "Estimate the prediction rejection ratio."
+    "Estimate the prediction rejection ratio (Malinin and Gales, 2021); raise ConfigurationError for a share that is none."
     if not 0 < max_rejection <= 1: raise ConfigurationError(f"max_rejection must lie above 0 and be at most 1, got {max_rejection}")
     n, r = len(preds), chosen(preds, score, loss)
     own, v = r.own[np.argsort(r.rows)], risk_weights(n, max(1, int(max_rejection * n + 1e-9)))
@@ -170,7 +170,7 @@ def prr(preds: Predictions,
     return around("prr", ratio, psi, r, level, least=-np.inf)
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #redrawn
-def redrawn(r: Ranking,
+def redrawn(r: Ranking,  # n rows in the order of confidence
             statistic: Callable[[np.ndarray], float],  # of expected losses in the order of confidence
             n_boot: int,  # resamples
             seed: int,  # of the resamples
@@ -185,7 +185,7 @@ def redrawn(r: Ranking,
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #at-point
 def at_point(name: str,  # of the metric
-             r: Ranking,
+             r: Ranking,  # n rows in the order of confidence
              statistic: Callable[[np.ndarray], float],  # of expected losses in the order of confidence
              n_boot: int,  # resamples
              seed: int,  # of the resamples
@@ -200,7 +200,7 @@ def at_point(name: str,  # of the metric
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #risk-at-coverage
 @with_interval
-def risk_at_coverage(preds: Predictions,
+def risk_at_coverage(preds: Predictions,  # n rows; with their true classes where no loss is given
                      coverage: float = 0.8,  # share of rows to answer, above 0, at most 1
                      score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
                      loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
@@ -208,14 +208,14 @@ def risk_at_coverage(preds: Predictions,
                      seed: int = 0,  # of the resamples
                      level: float = 0.95,  # confidence of the interval, between 0 and 1
                     ) -> Estimate:  # in the unit of the loss
-    "Estimate the risk when a share of the rows is answered."
+    "Estimate the risk when a share of the rows is answered; raise ConfigurationError for a share that is none."
     if not 0 < coverage <= 1: raise ConfigurationError(f"coverage must lie above 0 and be at most 1, got {coverage}")
     def risk(losses: np.ndarray) -> float: return float(losses[:max(1, ceil(coverage * len(losses) - 1e-9))].mean())
     return at_point(f"risk at coverage {coverage:g}", chosen(preds, score, loss), risk, n_boot, seed, level)
 
 # %% ../../nbs/uncertainty/117_selective.ipynb #coverage-at-risk
 @with_interval
-def coverage_at_risk(preds: Predictions,
+def coverage_at_risk(preds: Predictions,  # n rows; with their true classes where no loss is given
                      risk: float = 0.05,  # largest mean loss of the answered rows, 0 or more
                      score: Any = None,  # large where sure, shape [n]; None: the confidence of the answer
                      loss: Any = None,  # cost of each answer, shape [n]; None: 1 if it is wrong
@@ -223,7 +223,7 @@ def coverage_at_risk(preds: Predictions,
                      seed: int = 0,  # of the resamples
                      level: float = 0.95,  # confidence of the interval, between 0 and 1
                     ) -> Estimate:  # share of rows, 0 when no row can be answered
-    "Estimate the largest share of rows that can be answered at a risk."
+    "Estimate the largest share of rows that can be answered at a risk; raise ConfigurationError for a negative one."
     if not risk >= 0: raise ConfigurationError(f"risk must be 0 or more, got {risk}")
     def coverage(losses: np.ndarray) -> float:
         within = np.cumsum(losses) <= risk * np.arange(1, len(losses) + 1) + 1e-9

@@ -100,7 +100,8 @@ class PredictionSets:
         "Count the empty sets."
         return int(np.count_nonzero(~self.bits.any(axis=1)))
 
-    def names(self, i: int) -> list[str]:
+    def names(self, i: int,  # position of the row, from 0
+             ) -> list[str]:
         "Name the classes in the set of row `i`."
         return [self.labels[int(k)] for k in np.flatnonzero(np.unpackbits(self.bits[i], count=len(self.labels)))]
 
@@ -108,24 +109,29 @@ class PredictionSets:
         "Name the classes of each set."
         return [self.names(i) for i in range(len(self))]
 
-    def hits(self, y: ArrayLike) -> np.ndarray:
-        "Say for each row whether its set holds the true class `y`, shape [n]."
+    def hits(self, y: ArrayLike,  # class numbers, shape [n]
+            ) -> np.ndarray:
+        "Say for each row whether its set holds `y`, shape [n]; raise OverlapError for calibration rows, DataError where lengths differ."
         refuse_overlap(self.ids, {"conformal calibration": self.calibration_ids}, "a coverage estimate")
         if len(np.asarray(y)) != len(self): raise DataError(f"{len(np.asarray(y))} true classes for {len(self)} sets")
         return bits_at(self.bits, true_classes(y, len(self), len(self.labels)))
 
-    def coverage(self, y: ArrayLike, level: float = 0.95) -> Estimate:
-        "Estimate the share of sets that hold the true class `y`, shape [n]."
+    def coverage(self, y: ArrayLike,  # class numbers, shape [n]
+                 level: float = 0.95,  # confidence of the interval, at least
+                ) -> Estimate:
+        "Estimate the share of sets that hold the true class `y`; raise as `hits`."
         return share_covered(self.hits(y), level)
 
-    def law(self, m: int, level: float = 0.95) -> tuple[float, float]:
+    def law(self, m: int,  # test rows, 1 or more
+            level: float = 0.95,  # probability of the interval, between 0 and 1
+           ) -> tuple[float, float]:  # (low, high), shares between 0 and 1
         "Give the central interval of the coverage that `m` test rows should show; (0, 1) where no law is known."
         return tested_law(self.n_calibration, self.rank, m, level) if self.kind in ("marginal", "pac") else (0.0, 1.0)
 
 # %% ../../nbs/uncertainty/136_sets.ipynb #join
 def join_sets(parts: Sequence[PredictionSets],  # one or more, in order
              ) -> PredictionSets:
-    "Join the sets of chunks of rows."
+    "Join the sets of chunks of rows; raise DataError where they carry different promises."
     first = parts[0]
     for p in parts:
         if (p.alpha, p.score, p.guarantee, p.labels) != (first.alpha, first.score, first.guarantee, first.labels):

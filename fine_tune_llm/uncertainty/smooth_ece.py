@@ -44,7 +44,7 @@ def smoothed_size(waves: np.ndarray,  # cosine transform of the gaps on the grid
 def fixed_width(waves: np.ndarray,  # cosine transform of the gaps, divided by the rows, shape [m, CELLS]
                 steps: int = 30,  # halvings of the interval 0 to 1
                ) -> np.ndarray:  # smooth calibration errors, shape [m]
-    "Find the width that equals its own smooth calibration error."
+    "Find the width that equals its own smooth calibration error (Błasiok and Nakkiran, 2024)."
     low, high = np.zeros(len(waves)), np.ones(len(waves))
     for _ in range(steps):
         middle = (low + high) / 2
@@ -54,12 +54,12 @@ def fixed_width(waves: np.ndarray,  # cosine transform of the gaps, divided by t
 
 # %% ../../nbs/uncertainty/116_smooth_ece.ipynb #smooth-ece
 @with_interval
-def smooth_ece(preds: Predictions,
+def smooth_ece(preds: Predictions,  # n rows with their true classes
                n_boot: int = 200,  # draws for the interval, and for `null`
                seed: int = 0,  # of the draws
                level: float = 0.95,  # confidence of the interval, between 0 and 1
               ) -> Estimate:  # between 0 and 1, with `null`
-    "Estimate the smooth calibration error of the answers."
+    "Estimate the smooth calibration error of the answers (Błasiok and Nakkiran, 2024)."
     n, rng, level = len(preds), np.random.default_rng(seed), check_level(level)
     gaps, squares, noise = on_grid(*outcomes(preds))
     if n == 0: return Estimate(np.nan, 0.0, 1.0, 0, "smooth ece", "bootstrap on a grid", level)

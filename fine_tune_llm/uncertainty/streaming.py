@@ -20,7 +20,7 @@ def checked_block(confidence: np.ndarray,  # probabilities of the answers, any f
                   correct: np.ndarray,  # whether each answer was right: bool, or 0 and 1, shape [m]
                   start: int,  # rows before this block, for the message
                  ) -> tuple[np.ndarray, np.ndarray]:  # (float64 at most 1, bool), both [m]
-    "Refuse confidences outside 0 to 1 and outcomes other than right and wrong."
+    "Refuse confidences outside 0 to 1, and outcomes other than right and wrong, with DataError."
     c = confidence.astype(np.float64, copy=False)
     low, high = c.min(), c.max()
     if not (low >= 0 and high <= 1.001):
@@ -40,7 +40,7 @@ def bin_sums(confidence: Any,  # probabilities of the answers, any shape
              bins: int = 15,  # parts of the confidences 0 to 1, equally wide unless `edges` says otherwise
              edges: np.ndarray | None = None,  # upper ends of all bins but the last, increasing, shape [bins - 1]
             ) -> np.ndarray:  # float64, shape [3, 2, bins]: rows, their c, their c squared; of wrong and of right rows
-    "Add up rows, confidences and their squares by bin and outcome."
+    "Add up rows, confidences and their squares by bin and outcome; raise DataError or ConfigurationError for what does not fit."
     if bins < 1 or bins != int(bins): raise ConfigurationError(f"bins must be 1 or more, got {bins}")
     confidence, correct = np.asarray(confidence), np.asarray(correct)
     if confidence.shape != correct.shape:
@@ -73,7 +73,7 @@ class CalibrationState:
         return cls(bin_sums([], [], bins))
 
     def update(self, confidence: Any, correct: Any) -> "CalibrationState":  # arrays of one shape
-        "Add rows: how confident, and right or not."
+        "Add rows: how confident, and right or not; raise DataError for anything else."
         return CalibrationState(self.sums + bin_sums(confidence, correct, self.bins))
 
     def __add__(self, other: "CalibrationState") -> "CalibrationState":
@@ -97,16 +97,19 @@ class CalibrationState:
         return {"kind": "calibration-state", "version": 1, "sums": self.sums.tolist()}
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "CalibrationState":
-        "Rebuild what `to_dict` gave, bit for bit."
+    def from_dict(cls, raw: Mapping[str, Any],  # what `to_dict` gave
+                 ) -> "CalibrationState":
+        "Rebuild what `to_dict` gave, bit for bit; raise DataError for another kind of value."
         if raw.get("kind") != "calibration-state" or raw.get("version") != 1:
             raise DataError(f"kind {raw.get('kind')}, version {raw.get('version')} is no calibration state of version 1")
-        return cls(np.array(raw["sums"], dtype=np.float64))
+        try: sums = np.array(raw["sums"], dtype=np.float64)
+        except (KeyError, TypeError, ValueError) as e: raise DataError(f"the sums of a calibration state are broken: {type(e).__name__} {e}") from None
+        return cls(sums)
 
 # %% ../../nbs/uncertainty/111_streaming.ipynb #answer-confidence
 def answer_confidence(logits: Any,  # finite numbers, shape [n, K]
                      ) -> tuple[np.ndarray, np.ndarray]:  # (most probable class of each row, its probability in float64), both [n]
-    "Find each row's answer and its probability, with little memory."
+    "Find each row's answer and its probability, with little memory; raise DataError for a logit that is not finite."
     z = np.asarray(logits)
     answers, confidence = z.argmax(axis=1), np.empty(len(z))
     step = max(1, (1 << 18) // z.shape[1])
@@ -124,7 +127,7 @@ def token_state(logits: Any,  # next-token logits, shape [..., V]
                 bins: int = 15,  # equal parts of the confidences 0 to 1
                 ignore: int = -100,  # target of tokens that do not count
                ) -> CalibrationState:
-    "Measure one batch of next-token predictions, without the tokens that do not count."
+    "Measure one batch of next-token predictions, without tokens that do not count; raise DataError where shapes differ."
     z, y = np.asarray(logits), np.asarray(targets)
     if z.shape[:-1] != y.shape: raise DataError(f"logits have shape {z.shape}, targets {y.shape}", fix="give one target per row of logits")
     z, y = z.reshape(-1, z.shape[-1]), y.reshape(-1)
@@ -133,8 +136,8 @@ def token_state(logits: Any,  # next-token logits, shape [..., V]
     return CalibrationState.empty(bins).update(confidence, answers == y[kept])
 
 # %% ../../nbs/uncertainty/111_streaming.ipynb #of-predictions
-def calibration_state(preds: Predictions,
+def calibration_state(preds: Predictions,  # n rows with their true classes
                       bins: int = 15,  # equal parts of the confidences 0 to 1
                      ) -> CalibrationState:
-    "Measure the calibration of the answers of predictions."
+    "Measure the calibration of the answers of predictions; raise DataError without true classes."
     return CalibrationState.empty(bins).update(preds.confidence, preds.answers == preds.require_y("a calibration state"))

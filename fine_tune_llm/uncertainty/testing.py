@@ -17,7 +17,7 @@ from .bounds import inside
 # %% ../../nbs/uncertainty/151_testing.ipynb #p-values
 def p_values(p: ArrayLike,  # one p-value per supposition, shape [m]
             ) -> np.ndarray:  # float64, shape [m]
-    "Check p-values."
+    "Check p-values; raise DataError for anything else."
     x = np.asarray(p, dtype=np.float64)
     if x.ndim != 1 or not ((0 <= x) & (x <= 1)).all():
         raise DataError(f"p-values of shape {x.shape} must be one per supposition, each between 0 and 1")
@@ -35,7 +35,7 @@ def bonferroni(p: ArrayLike,  # one p-value per supposition, shape [m]
 def holm(p: ArrayLike,  # one p-value per supposition, shape [m]
          delta: float = 0.05,  # probability that a true supposition is rejected
         ) -> np.ndarray:  # True where rejected, shape [m]
-    "Reject suppositions from the smallest p-value up, until one fails."
+    "Reject suppositions from the smallest p-value up, until one fails (Holm, 1979)."
     x = p_values(p)
     order = np.argsort(x, kind="stable")
     passed = np.minimum.accumulate(x[order] <= inside("delta", delta) / np.arange(len(x), 0, -1))
@@ -48,7 +48,7 @@ def fixed_sequence(p: ArrayLike,  # one p-value per supposition, in an order fix
                    delta: float = 0.05,  # probability that a true supposition is rejected
                    starts: Sequence[int] = (0,),  # positions that share the level and begin afresh
                   ) -> np.ndarray:  # True where rejected, shape [m]
-    "Reject suppositions in a fixed order, beginning again at each start."
+    "Reject suppositions in a fixed order, anew at each start (Wiens and Dmitrienko, 2005); raise ConfigurationError for a bad start."
     x, share = p_values(p), inside("delta", delta) / max(len(starts), 1)
     if not len(starts) or len(set(starts)) < len(starts) or not all(0 <= s < max(len(x), 1) for s in starts):
         raise ConfigurationError(f"starts {list(starts)} must be different positions among {len(x)}")

@@ -19,12 +19,12 @@ from .scores import Score, ahead, block_values, blocks, row_coins, true_scores
 from .sets import bit_counts, bits_at
 
 # %% ../../nbs/uncertainty/139_tuning.ipynb #share
-def part_rows(preds: Predictions,
+def part_rows(preds: Predictions,  # rows that calibrate, or that are parted
               tuning: Predictions | None,  # rows that tune, if they are given
               share: float,  # otherwise the share of `preds` that tunes, from 0 to below 1
               seed: int = 0,  # of the coins that pick them
              ) -> tuple[Predictions, Predictions | None]:  # (rows that calibrate, rows that tune)
-    "Part the rows that calibrate from those that tune."
+    "Part the rows that calibrate from those that tune; raise OverlapError for rows in both, ConfigurationError for a share that is none."
     if not 0 <= share < 1: raise ConfigurationError(f"tuning_share = {share}", fix="give a share from 0 to below 1")
     if tuning is not None:
         both = sorted(set(preds.ids.tolist()) & set(tuning.ids.tolist()))
@@ -35,7 +35,7 @@ def part_rows(preds: Predictions,
     return preds.take(~tunes), preds.take(tunes)
 
 # %% ../../nbs/uncertainty/139_tuning.ipynb #places
-def free_places(preds: Predictions,
+def free_places(preds: Predictions,  # n rows that will not calibrate
                 y: np.ndarray,  # true classes, shape [n]
                 alpha: float,  # share of misses we tolerate, between 0 and 1
                ) -> int:  # from 1 to K
@@ -67,7 +67,7 @@ def tune_raps(preds: Predictions,  # rows that will not calibrate
               goal: str = "size",  # "size" or "strata"
               lambdas: Sequence[float] | None = None,  # fines to try; None for the authors'
              ) -> Score:  # raps with its settings
-    "Choose the fine and the free places of raps."
+    "Choose the fine and the free places of raps (Angelopoulos et al., 2021); raise ConfigurationError for another goal."
     if goal not in LAMBDAS: raise ConfigurationError(f"no goal {goal!r}", fix="use size or strata")
     first = Score("raps", k_reg=free_places(preds, y, alpha))
     def cost(score: Score) -> float:
