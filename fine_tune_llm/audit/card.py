@@ -88,7 +88,8 @@ def evidence_map(d: Dossier,  # whose evidence is linked
     return pd.DataFrame(rows)
 
 # %% ../../nbs/audit/278_card.ipynb #numbers
-def cited_numbers(standings: Sequence[Standing]) -> pd.DataFrame:  # requirement, number, value, low, high, n, event
+def cited_numbers(standings: Sequence[Standing],  # of `Dossier.standings`
+                 ) -> pd.DataFrame:  # requirement, number, value, low, high, n, event
     "Collect the numbers of the evidence that counts."
     rows = []
     for s in standings:

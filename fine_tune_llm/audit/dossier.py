@@ -198,8 +198,8 @@ class Dossier:
         return cls(open_dossier(Path(path), purpose, owner, weighed(harm or {})))
 
     @classmethod
-    def attach(cls, path: str | Path) -> "Dossier":  # the folder of a dossier
-        "Take up a dossier in any process; raise AuditError where none was opened."
+    def attach(cls, path: str | Path) -> "Dossier":
+        "Take up the dossier in the folder `path`, in any process; raise AuditError where none was opened."
         opened(sound_events(Run.attach(path).path / "events.jsonl")[0])
         return cls(Run.attach(path))
 
@@ -207,8 +207,8 @@ class Dossier:
     def events(self) -> list[dict[str, Any]]:
         "Give the events of the audit that can be trusted, the oldest first."
         return [e for e in sound_events(self.run.path / "events.jsonl")[0] if e["event"].startswith("audit_")]
-    def standings(self, today: date | None = None) -> list[Standing]:  # None: waivers are judged for today
-        "Work out where each requirement stands."
+    def standings(self, today: date | None = None) -> list[Standing]:
+        "Work out where each requirement stands `today`, the day for which waivers are judged."
         return [standing(Requirement(**r), self.events, today or date.today()) for r in opened(self.events)["requirements"]]
 
     def audit(self, preds: Predictions,  # test rows with their true labels; stored without texts
@@ -237,13 +237,13 @@ class Dossier:
         "Answer the oldest open challenge; raise AuditError where there is none, or where it is the own one."
         answer_challenge(self, text, by)
     def sign(self, by: str, today: date | None = None) -> str:  # the head: hash of the signature; keep it elsewhere
-        "Sign as owner or reviewer; raise AuditError where something is altered, open or unanswered."
+        "Sign `by` name as owner or reviewer, on a day (`today`); raise AuditError where something is altered, open or unanswered."
         return sign_dossier(self, by, today or date.today())
-    def verify(self, today: date | None = None, head: str = "") -> Verification:  # of a day; with a hash that was kept elsewhere
-        "Check trail, files and numbers, and name whatever differs or is missing."
+    def verify(self, today: date | None = None, head: str = "") -> Verification:
+        "Check trail, files and numbers as of `today`; `head` is a hash that was kept elsewhere. Name whatever differs or is missing."
         return verify_dossier(self.run.path, today or date.today(), head)
-    def to_dict(self, today: date | None = None) -> dict[str, Any]:  # None: waivers are judged for today
-        "Give everything as plain values for JSON."
+    def to_dict(self, today: date | None = None) -> dict[str, Any]:
+        "Give everything as plain values for JSON, with waivers judged for `today`."
         return dossier_dict(self, today or date.today())
     def __repr__(self) -> str: return f"Dossier({sum(s.settled for s in self.standings())} of {len(self.standings())} requirements settled)"
     def _repr_html_(self) -> str: return dossier_html(self, date.today())
@@ -354,7 +354,8 @@ def sign_dossier(d: Dossier,  # what is signed
     return str(d.run.events("audit_signed")[-1]["hash"])
 
 # %% ../../nbs/audit/274_dossier.ipynb #show
-def standing_frame(standings: Sequence[Standing]) -> pd.DataFrame:  # requirement, harm, verdict, why, files
+def standing_frame(standings: Sequence[Standing],  # of `Dossier.standings`
+                  ) -> pd.DataFrame:  # requirement, harm, verdict, why, files
     "Lay out where each requirement stands."
     def files(s: Standing) -> str: return ", ".join(f"{f} {h[:12]}" for f, h in (s.evidence or {}).get("files", {}).items()) or "none"
     return pd.DataFrame([{"requirement": s.requirement.name, "harm": f"{s.requirement.harm:g}", "verdict": s.verdict, "why": s.why, "evidence": files(s)}

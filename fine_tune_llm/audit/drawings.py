@@ -24,7 +24,8 @@ from .findings import Coverage, Decided, Reliability, told
 from .groups import GroupRow
 
 # %% ../../nbs/audit/230_drawings.ipynb #words
-def points(e: Estimate | None) -> str:  # in hundredths, with sign; a dash when there is no estimate
+def points(e: Estimate | None,  # of a share, or of a gap between two
+          ) -> str:  # in hundredths, with sign; a dash when there is no estimate
     "Write a gap in points with its interval."
     return ci(100 * e.value, 100 * e.low, 100 * e.high, 1, True) if e else "\u2013"
 

@@ -83,7 +83,8 @@ def finding_evidence(report: Mapping[str, Any],  # of `AuditReport.to_dict`
     return {"verdict": f["verdict"] or "not enough evidence", "finding": f"{name} {value}; {f['against'] or 'held against nothing'}",
             "numbers": {} if e is None else {name: {k: e[k] for k in ("value", "low", "high", "n")}}}
 
-def group_evidence(report: Mapping[str, Any]) -> dict[str, Any]:  # verdict, finding in words, numbers
+def group_evidence(report: Mapping[str, Any],  # of `AuditReport.to_dict`
+                  ) -> dict[str, Any]:  # verdict, finding in words, numbers
     "Read the comparisons of groups as evidence."
     found = [r["verdict"] for r in report["rows"]]
     counts = {v: found.count(v) for v in ("pass", "fail", "not enough evidence")}
@@ -91,7 +92,8 @@ def group_evidence(report: Mapping[str, Any]) -> dict[str, Any]:  # verdict, fin
     return {"verdict": worst(found), "finding": f"comparisons of groups: {words}", "numbers": counts}
 
 # %% ../../nbs/audit/270_evidence.ipynb #derive-all
-def leakage_evidence(report: Mapping[str, Any]) -> dict[str, Any]:  # verdict, finding in words, numbers
+def leakage_evidence(report: Mapping[str, Any],  # of the data report, as `to_dict` gives it
+                    ) -> dict[str, Any]:  # verdict, finding in words, numbers
     "Read from the provenance whether an overlap was ruled out."
     stages = [k.removeprefix("used by ") for k in report["provenance"] if k.startswith("used by ")]
     known = "training" in stages
@@ -137,10 +139,12 @@ def standing(r: Requirement,  # one question of the dossier
     return Standing(r, verdict, why, shown, waiver)
 
 # %% ../../nbs/audit/270_evidence.ipynb #score
-def risk_score(standings: Sequence[Standing]) -> float:  # between 0 and 1
+def risk_score(standings: Sequence[Standing],  # of `Dossier.standings`
+              ) -> float:  # between 0 and 1
     "Weigh the requirements for which no evidence passes."
     return sum(s.requirement.harm for s in standings if s.verdict != "pass") / sum(s.requirement.harm for s in standings)
 
-def to_do(standings: Sequence[Standing]) -> list[Standing]:  # the greatest harm first
+def to_do(standings: Sequence[Standing],  # of `Dossier.standings`
+         ) -> list[Standing]:  # the greatest harm first
     "List the requirements that are not settled."
     return sorted((s for s in standings if not s.settled), key=lambda s: -s.requirement.harm)

@@ -21,7 +21,8 @@ def visible(text: object,  # of whatever kind; `str` is applied first
     return UNSEEN.sub(lambda m: f"\\u{ord(m[0]):04x}", str(text))
 
 # %% ../../nbs/audit/208_exports.ipynb #csv
-def csv_cell(value: object) -> object:  # numbers unchanged, text inert
+def csv_cell(value: object,  # anything that a table may hold
+            ) -> object:  # numbers unchanged, text inert
     "Make one cell of a CSV file inert."
     if not isinstance(value, str): return value
     text = visible(value)
@@ -49,7 +50,8 @@ def markdown_table(frame: pd.DataFrame,  # numbers and text; its index is left o
     return "\n".join([lines[0], "|" + "---|" * frame.shape[1], *lines[1:]]) + "\n"
 
 # %% ../../nbs/audit/208_exports.ipynb #html
-def html_table(frame: pd.DataFrame) -> str:  # an HTML table
+def html_table(frame: pd.DataFrame,  # whose texts are escaped
+              ) -> str:  # an HTML table
     "Write a table as HTML, in which text is only text."
     def cell(v: object, tag: str = "td") -> str:
         number = isinstance(v, float | int | np.number)

@@ -46,7 +46,8 @@ def stored_estimate(e: dict[str, Any] | None,  # as `AuditReport.to_dict` wrote 
     "Read an estimate of a report."
     return None if e is None else Estimate(**{k: e[k] for k in ("value", "low", "high", "n", "name", "method", "level") if k in e})
 
-def stored_contradictions(report: dict[str, Any]) -> list[str]:  # of `AuditReport.to_dict`
+def stored_contradictions(report: dict[str, Any],  # of `AuditReport.to_dict`
+                         ) -> list[str]:  # what does not fit together, in words
     "Name what in a stored report does not follow from its own numbers."
     out, unknown = [], "not enough evidence"
     for r in report["rows"]:

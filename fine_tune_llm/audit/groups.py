@@ -154,7 +154,8 @@ def group_rows(metrics: Sequence[Metric],  # each of the same n rows
     return all_rows([compared(m, g) for m in metrics for g in resolved], tolerance, tolerances, level)
 
 # %% ../../nbs/audit/212_groups.ipynb #table
-def group_table(rows: Sequence[GroupRow]) -> pd.DataFrame:  # one row per comparison, numbers as numbers
+def group_table(rows: Sequence[GroupRow],  # of `AuditReport.groups`
+               ) -> pd.DataFrame:  # one row per comparison, numbers as numbers
     "Lay the comparisons out as a table."
     def ends(e: Estimate | None) -> tuple[float, float, float]: return (e.value, e.low, e.high) if e else (np.nan,) * 3
     names = ("value", "low", "high", "gap", "gap_low", "gap_high")

@@ -41,7 +41,8 @@ class Metric:
         "Say which kind of number this is."
         return "calibration error" if self.said is not None else "rate" if self.hit.dtype == bool else "mean"
 
-    def count(self, rows: np.ndarray) -> tuple[int, int]:  # hits and denominator inside `rows`, a bool mask
+    def count(self, rows: np.ndarray,  # bool mask, shape [n]
+             ) -> tuple[int, int]:  # hits, and those that could have been
         "Count hits and denominator among some rows."
         inside = rows & self.among
         return int((inside & self.hit).sum()), int(inside.sum())
@@ -85,7 +86,8 @@ def alarm_metrics(y: ArrayLike,  # true labels, int, shape [n]
             Metric("PPV", truth, alarm), Metric("FOR", truth, ~alarm)]
 
 # %% ../../nbs/audit/204_measures.ipynb #score
-def score_metrics(preds: Predictions) -> list[Metric]:  # NLL, Brier, ECE
+def score_metrics(preds: Predictions,  # with truth, shape [n, K]
+                 ) -> list[Metric]:  # NLL, Brier, ECE
     "Judge the stated probabilities of each row."
     y, rows, every = preds.require_y("a score"), np.arange(len(preds)), np.ones(len(preds), dtype=bool)
     if preds.probs is None: loss = -preds.log_probs[rows, y]

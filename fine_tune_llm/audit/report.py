@@ -65,7 +65,8 @@ def verdicts_of(findings: Sequence[Finding],  # about all rows; those without a 
     groups = {f"{r.metric} of {r.group}" + f" ({r.column})" * (columns[r.group] > 1): r.verdict for r in rows}
     return {**{f.name: f.verdict for f in findings if f.verdict}, **groups}
 
-def worst(verdicts: Iterable[str]) -> str:  # "fail", "not enough evidence" or "pass"
+def worst(verdicts: Iterable[str],  # of the parts
+         ) -> str:  # "fail", "not enough evidence" or "pass"
     "Pick the worst of some verdicts."
     found = set(verdicts) or {"not enough evidence"}
     return next(v for v in ("fail", "not enough evidence", "pass") if v in found)
@@ -254,7 +255,8 @@ STYLE = """.look h1{font-size:22px;line-height:1.3;font-weight:600;margin:18px 0
 .look ul{margin:8px 0;padding-left:18px;max-width:820px}
 .look .where td{vertical-align:top;padding-bottom:2px}.look.look .where .long{overflow-wrap:anywhere}"""
 
-def sections(r: AuditReport) -> dict[str, str]:  # heading -> HTML
+def sections(r: AuditReport,  # a finished report
+            ) -> dict[str, str]:  # heading -> HTML
     "Draw each part of a report."
     where = "".join(f'<tr><td>{escape(k)}</td><td class="long">{escape(v)}</td></tr>' for k, v in r.provenance.items())
     out = {"Findings": summary_html(r.summary), "Calibration": reliability_figure(r.calibration)}

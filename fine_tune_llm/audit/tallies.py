@@ -113,7 +113,8 @@ class Compared:
     rest: Tally  # of the rows outside it
     rho: np.ndarray  # correlation of the two estimates, shape [G]
 
-    def judgeable(self, least: int) -> np.ndarray:  # bool, shape [G]
+    def judgeable(self, least: int,  # rows that a group must have
+                 ) -> np.ndarray:  # bool, shape [G]
         "Find the groups that have rows enough on both sides."
         return (self.own.n >= least) & (self.rest.n >= least)
 

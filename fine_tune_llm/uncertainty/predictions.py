@@ -211,13 +211,13 @@ class Predictions:
         "Give the probability of each answer, shape [n]."
         return self.probabilities.max(axis=1)
 
-    def require_y(self, purpose: str) -> np.ndarray:  # what needs them, for the message
-        "Give the true classes, shape [n], or raise DataError that says what needs them."
+    def require_y(self, purpose: str) -> np.ndarray:
+        "Give the true classes, shape [n], or raise DataError that says which `purpose` needs them."
         if self.y is None: raise DataError(f"{purpose} needs the true classes", fix="give y= to Predictions")
         return self.y
 
-    def take(self, rows: Any) -> "Predictions":  # mask [n], positions [m] or a slice
-        "Keep the rows of a mask or of an array of positions."
+    def take(self, rows: Any) -> "Predictions":
+        "Keep some `rows`: a mask [n], positions [m] or a slice."
         positions = np.arange(len(self))[rows]
         return replace(self, **{k: rows_of(getattr(self, k), positions) for k in ("ids", "probs", "logits", "y", "groups", "texts", "abstention")})
 
@@ -238,6 +238,6 @@ class Predictions:
         write_columns(path, *to_columns(vars(self)))
 
     @classmethod
-    def load(cls, path: str | Path) -> "Predictions":  # Parquet file of `save`
-        "Read what `save` wrote, every bit of it; raise DataError for another file."
+    def load(cls, path: str | Path) -> "Predictions":
+        "Read from `path` what `save` wrote, every bit of it; raise DataError for another file."
         return cls(**from_columns(*read_columns(path)))

@@ -219,7 +219,7 @@ class DecisionPolicy:
                 + room_promise(self.max_abstention, self.roomy_ and self.threshold_ < np.inf, self.delta))
 
     def decide(self, preds: Predictions) -> Decisions:  # n rows with the policy's labels
-        "Choose an action for each row; raise ConfigurationError where not fitted, or for other labels."
+        "Choose an action for each row of `preds`; raise ConfigurationError where not fitted, or for other labels."
         require_fitted(self)
         return decide(self, preds)
 

@@ -68,11 +68,13 @@ class CalibrationState:
         object.__setattr__(self, "sums", s)
 
     @classmethod
-    def empty(cls, bins: int = 15) -> "CalibrationState":  # equal parts of the confidences 0 to 1
+    def empty(cls, bins: int = 15,  # equal parts of the confidences 0 to 1
+             ) -> "CalibrationState":  # equal parts of the confidences 0 to 1
         "Start with no rows."
         return cls(bin_sums([], [], bins))
 
-    def update(self, confidence: Any, correct: Any) -> "CalibrationState":  # arrays of one shape
+    def update(self, confidence: Any, correct: Any,  # arrays of one shape: 0 to 1, and right or not
+              ) -> "CalibrationState":  # arrays of one shape
         "Add rows: how confident, and right or not; raise DataError for anything else."
         return CalibrationState(self.sums + bin_sums(confidence, correct, self.bins))
 
