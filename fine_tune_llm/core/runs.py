@@ -162,7 +162,7 @@ def status(events: Sequence[Mapping[str, Any]],  # what happened
 
 # %% ../../nbs/core/020_runs.ipynb #atomic
 def write_atomic(path: Path,  # where the file shall stand; its folder is made if missing
-                 text: str,
+                 text: str,  # its whole content, written as UTF-8
                 ) -> None:
     "Write a file that is either whole or not there."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,8 +200,9 @@ class Run:
     path: Path  # the folder
 
     @classmethod
-    def create(cls: type[R], path: str | Path) -> R:  # a new or empty folder
-        "Start a run folder."
+    def create(cls: type[R], path: str | Path,  # a new or empty folder
+              ) -> R:
+        "Start a run folder; raise RunError if it holds a run already."
         path = Path(path)
         if path.exists() and not (path.is_dir() and unused(path)):
             raise RunError("the run folder is not empty", where=str(path), fix="choose a new name, or use Run.attach")
@@ -210,43 +211,52 @@ class Run:
         return cls(path)
 
     @classmethod
-    def attach(cls: type[R], path: str | Path) -> R:  # a folder that `create` made
-        "Take up a run folder, from any process."
+    def attach(cls: type[R], path: str | Path,  # a folder that `create` made
+              ) -> R:
+        "Take up a run folder, from any process; raise RunError if it is none."
         if not (Path(path) / "events.jsonl").is_file():
             raise RunError("this is no run folder", where=str(path), fix="pass a folder that holds events.jsonl")
         return cls(Path(path))
 
     @cached_property
-    def event_tail(self) -> Tail: return Tail(self.path / "events.jsonl")
+    def event_tail(self) -> Tail: "Follow what happens."; return Tail(self.path / "events.jsonl")
     @cached_property
-    def control_tail(self) -> Tail: return Tail(self.path / "control.jsonl")
+    def control_tail(self) -> Tail: "Follow what is asked for."; return Tail(self.path / "control.jsonl")
     @property
-    def state(self) -> str: return run_state(self.events(), self.commands())
+    def state(self) -> str: "Derive the state from all events and commands, in one word."; return run_state(self.events(), self.commands())
     @property
-    def status(self) -> Status: return status(self.events(), self.commands())
+    def status(self) -> Status: "Sum the run up: state, step, time left, loss."; return status(self.events(), self.commands())
 
-    def log(self, event: str, **values: Any) -> None: log_event(self.event_tail, event, values)
-    def events(self, kind: str | None = None) -> list[dict[str, Any]]:  # all, or those of one name
-        return [e for e in self.event_tail.read() if kind in (None, e["event"])]
-    def verify(self, head: str = "") -> Chain: return check_chain(self.path / "events.jsonl", head)
+    def log(self, event: str, **values: Any,  # its name, such as "step", and its numbers and words
+           ) -> None: "Add an event; raise RunError if a value takes a name of the chain's own."; log_event(self.event_tail, event, values)
+    def events(self, kind: str | None = None,  # the name of those to give; None: all
+              ) -> list[dict[str, Any]]: "List what happened, the oldest first."; return [e for e in self.event_tail.read() if kind in (None, e["event"])]
+    def verify(self, head: str = "",  # hash that must occur in the chain, from `Chain.head`, kept elsewhere
+              ) -> Chain: "Recompute the chain; raise RunError at the first event that does not fit."; return check_chain(self.path / "events.jsonl", head)
 
-    def command(self, name: str, **values: Any) -> str: return leave_command(self.control_tail, name, values)
-    def commands(self) -> list[dict[str, Any]]: return self.control_tail.read()
-    def pending(self) -> list[dict[str, Any]]: return unanswered(self.events(), self.commands())
-    def stop(self) -> str: return self.command("stop")
-    def pause(self) -> str: return self.command("pause")
-    def resume(self) -> str: return self.command("resume")
-    def evaluate(self) -> str: return self.command("evaluate")
-    def checkpoint(self) -> str: return self.command("checkpoint")
-    def set(self, **values: float) -> str: return self.command("set", **values)  # such as learning_rate= or times=
-    def wait(self, timeout: float | None = None) -> str: return wait_for_end(self, timeout)
-    def lives(self) -> bool | None: return trainer_lives(self.path)  # whether a trainer is at work; None if nobody can know
+    def command(self, name: str, **values: Any,  # what shall be done, such as "stop", and with which values
+               ) -> str: "Leave a command, and give the id that its answer will carry."; return leave_command(self.control_tail, name, values)
+    def commands(self) -> list[dict[str, Any]]: "List what was asked for, the oldest first."; return self.control_tail.read()
+    def pending(self) -> list[dict[str, Any]]: "List the commands that nobody has answered."; return unanswered(self.events(), self.commands())
+    def stop(self) -> str: "Ask the trainer to stop after this step, and give the id of the command."; return self.command("stop")
+    def pause(self) -> str: "Ask the trainer to wait, and give the id of the command."; return self.command("pause")
+    def resume(self) -> str: "Ask a trainer that waits to go on, and give the id of the command."; return self.command("resume")
+    def evaluate(self) -> str: "Ask for an evaluation now, and give the id of the command."; return self.command("evaluate")
+    def checkpoint(self) -> str: "Ask for a checkpoint now, and give the id of the command."; return self.command("checkpoint")
+    def set(self, **values: float,  # such as learning_rate= or times=
+           ) -> str: "Ask for other settings while the run goes on, and give the id of the command."; return self.command("set", **values)
+    def wait(self, timeout: float | None = None,  # seconds; None: for ever
+            ) -> str: "Wait until the run has ended, and give its state."; return wait_for_end(self, timeout)
+    def lives(self) -> bool | None: "Ask whether a trainer is at work; None where nobody can know."; return trainer_lives(self.path)
 
-    def write_json(self, name: str, obj: Any) -> None:
+    def write_json(self, name: str, obj: Any,  # path below the folder, and what `plain` takes
+                  ) -> None:
+        "Write a file of the run, whole or not at all; raise RunError for a path that leads out."
         write_atomic(inside(self.path, name), json.dumps(plain(obj), ensure_ascii=False, indent=1) + "\n")
-    def read_json(self, name: str) -> Any: return json.loads(inside(self.path, name).read_text(encoding="utf-8"))
+    def read_json(self, name: str,  # path below the folder
+                 ) -> Any: "Read a file of the run; raise RunError for a path that leads out."; return json.loads(inside(self.path, name).read_text(encoding="utf-8"))
 
-    def panel(self) -> Any: return open_panel(self)
+    def panel(self) -> Any: "Open the live view in a notebook; raise RunError if none is installed."; return open_panel(self)
     def __repr__(self) -> str: return f"{type(self).__name__} {self.path.name}: {self.status}"
     def _repr_html_(self) -> str: return f"<code>{html.escape(repr(self))}</code>"
 
@@ -314,7 +324,7 @@ def unanswered(events: Sequence[Mapping[str, Any]],  # what happened
     return [dict(c) for c in commands if c["id"] not in answered]
 
 # %% ../../nbs/core/020_runs.ipynb #wait
-def wait_for_end(run: Run,
+def wait_for_end(run: Run,  # of this process or another
                  timeout: float | None = None,  # seconds, None to wait for ever
                 ) -> str:  # the state at the end, or when the time was up
     "Wait until a run has finished, stopped or failed."
@@ -326,7 +336,7 @@ def wait_for_end(run: Run,
         time.sleep(min(pause, left))
         pause = min(2 * pause, 0.5)
 
-def wait_for_answer(run: Run,
+def wait_for_answer(run: Run,  # with a trainer at work
                     command: str,  # the id that `command` gave
                     timeout: float = 60,  # seconds
                    ) -> dict[str, Any] | None:  # the event that applies or refuses it, None if none came
@@ -335,7 +345,8 @@ def wait_for_answer(run: Run,
     while (found := next((e for e in run.events() if e.get("id") == command), None)) is None and time.monotonic() < end: time.sleep(0.05)
     return found
 
-def open_panel(run: Run) -> Any:  # a widget
+def open_panel(run: Run,  # of this process or another
+              ) -> Any:  # a widget
     "Open the live view of a run in a notebook."
     found = list(entry_points(group="fine_tune_llm.panels", name="run"))
     if not found:
