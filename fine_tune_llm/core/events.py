@@ -44,6 +44,7 @@ class Subscription:
         self.thread.start()
 
     def loop(self) -> None:
+        "Hand over events until the run ends or this is closed; the thread runs it."
         for e in follow_events(self.run, self.start, self.pause, self.closing.is_set):
             if self.closing.is_set(): return
             if self.kinds and e["event"] not in self.kinds: continue
@@ -75,7 +76,7 @@ def subscribe(run: Run | str | Path,  # a run or its folder, in this process or 
 # %% ../../nbs/core/026_events.ipynb #replay
 def replay_events(run: Run | str | Path,  # a run or its folder
                   speed: float | None = None,  # 60 makes a minute a second, None leaves no pause
-                  sleep: Callable[[float], object] = time.sleep,
+                  sleep: Callable[[float], object] = time.sleep,  # gets the seconds of each pause
                  ) -> Iterator[dict[str, Any]]:  # one event after the other
     "Give the events of a run again, in their order and rhythm."
     if speed is not None and not speed > 0: raise ConfigurationError(f"speed must be above 0, got {speed}")
@@ -121,12 +122,15 @@ def day_of(e: Mapping[str, Any],  # an event
     "Give the day of an event."
     return time.strftime("%Y-%m-%d", time.gmtime(e.get("time", 0.0)))
 
-def numbers(events: Iterable[Mapping[str, Any]], kind: str, name: str) -> list[float]:  # the oldest first
+def numbers(events: Iterable[Mapping[str, Any]],  # of a run
+            kind: str,  # name of the events that count, such as "step"
+            name: str,  # of the number in them; passed over where it is no number
+           ) -> list[float]:  # the oldest first
     "Collect a number from the events of one kind."
     return [float(e[name]) for e in events if e["event"] == kind and isinstance(e.get(name), (int, float))]
 
 def summary_row(name: str,  # of the run
-                state: str,
+                state: str,  # of the run when the last of these events had come
                 events: Sequence[Mapping[str, Any]],  # of the run or of one day
                 work: Sequence[tuple[float, int, float]],  # of these events, from `work_of`
                ) -> tuple[Any, ...]:  # in the order of COLUMNS, NaN for what nobody has said
@@ -142,9 +146,9 @@ def summary_row(name: str,  # of the run
 PER = ("run", "run and day", "day")
 
 def summary_rows(name: str,  # of the run
-                 run: Run,
+                 run: Run,  # of any state, of this process or another
                  daily: bool,  # a row for each day
-                ) -> list[tuple[Any, ...]]:
+                ) -> list[tuple[Any, ...]]:  # each as `summary_row` gives it; one where not daily
     "Sum up one run."
     events = run.events()
     work = work_of(events)

@@ -36,7 +36,7 @@ class Labels:
     def __getitem__(self, i: int) -> str: return self.names[i]
 
 # %% ../../nbs/core/030_labels.ipynb #index
-def label_index(labels: Labels,
+def label_index(labels: Labels,  # K names, in the order of the columns
                 values: Iterable[str],  # names, each one of `labels`
                ) -> list[int]:  # column numbers, counted from 0
     "Number each name by its column."
@@ -54,7 +54,8 @@ def cost_matrix(labels: Labels) -> list[list[float]]:  # K rows (true class) of 
     return [[0.0 if a == b else float(critical.get((a, b), harm.get(a, 1.0))) for b in labels] for a in labels]
 
 # %% ../../nbs/core/030_labels.ipynb #load
-def load_labels(path: str | Path) -> Labels:
+def load_labels(path: str | Path,  # with names:, and perhaps harm:, critical:, description:
+               ) -> Labels:
     "Read labels and their weights from a YAML file."
     try: raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as e: raise ConfigurationError(f"cannot read labels: {e}", where=str(path)) from None

@@ -27,7 +27,10 @@ RESOLVERS = (("bool", r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF"), ("null"
 class Loader12(yaml.SafeLoader):
     "Read the types of YAML 1.2, and no aliases."
     yaml_implicit_resolvers = {}  # type: ignore[var-annotated]
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self,
+                     parent: Any, index: Any,  # the node above, and the key or position below it
+                    ) -> Any:
+        "Compose a node of the tree as PyYAML does, and raise YAMLError at an alias."
         if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
             raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: an alias (*) is not allowed; use extends")  # type: ignore[no-untyped-call]
         return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
@@ -92,11 +95,15 @@ PATHS = ("data.path", "data.test", "model.name", "trust.labels")  # settings tha
 @dataclass(frozen=True)
 class Layer:
     "Hold what one place says about the settings."
-    values: Mapping[str, Any]
+    values: Mapping[str, Any]  # nested by section, as read: {"training": {"seed": 3}}
     source: str  # "run.yaml", "FTLLM_TRAINING__SEED", "command line" or "keyword"
     lines: Mapping[str, int] = field(default_factory=dict)  # in the file, by dotted key
 
-    def origin(self, key: str) -> str: return f"{self.source}:{self.lines[key]}" if key in self.lines else self.source
+    def origin(self,
+               key: str,  # dotted, such as "training.seed"
+              ) -> str:  # such as "run.yaml:4"
+        "Name where a setting comes from, with its line where it has one."
+        return f"{self.source}:{self.lines[key]}" if key in self.lines else self.source
 
 # %% ../../nbs/core/006_layers.ipynb #rebase
 def rebase(name: str | None,  # a path from the file, or a name such as "docstrings"
@@ -108,7 +115,9 @@ def rebase(name: str | None,  # a path from the file, or a name such as "docstri
     return str((folder / str(name)).resolve()) if there else name
 
 # %% ../../nbs/core/006_layers.ipynb #rebase-all
-def rebase_all(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+def rebase_all(values: dict[str, Any],  # nested by section; the sections that hold a path are replaced in it
+               folder: Path,  # that the file with these settings stands in
+              ) -> dict[str, Any]:  # the same dict
     "Take the relative paths among the settings from a folder."
     for key in PATHS:
         section, name = key.split(".")
@@ -165,7 +174,9 @@ def file_layers(path: str | Path,  # a YAML file
     return found + list(chain_layers(beside, prepare))
 
 # %% ../../nbs/core/006_layers.ipynb #nest
-def nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
+def nest(keys: Sequence[str],  # the dotted key, split: ["training", "seed"]; 1 to 50
+         value: Any,  # of the setting
+        ) -> dict[str, Any]:
     "Put a value below a row of keys."
     if len(keys) > 50: raise ConfigurationError(f"{len(keys)} names in a row name no setting", where=redact(".".join(keys[:3])) + "...", fix="write section.name=value")
     return {keys[0]: nest(keys[1:], value) if len(keys) > 1 else value}
@@ -192,7 +203,9 @@ def change_layers(changes: Sequence[str] = (),  # "training.learning_rate=1e-3"
             + [Layer(nest(key.split("__"), value), "keyword") for key, value in (keywords or {}).items() if value is not None])
 
 # %% ../../nbs/core/006_layers.ipynb #leaves
-def leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Any,  # a nest of mappings; anything else is one value
+           key: str = "",  # dotted, of `values` itself; "" at the top
+          ) -> Iterator[tuple[str, Any]]:
     "List dotted keys with their values; an empty mapping is a value."
     if isinstance(values, Mapping) and values:
         for k, v in values.items(): yield from leaves(v, f"{key}.{k}" if key else str(k))

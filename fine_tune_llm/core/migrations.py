@@ -13,7 +13,8 @@ from .errors import ConfigurationError
 from .secrets import redact
 
 # %% ../../nbs/core/008_migrations.ipynb #step
-def one_rate_for_all(values: dict[str, Any]) -> dict[str, Any]:
+def one_rate_for_all(values: dict[str, Any],  # of a file of version 1, nested by section
+                    ) -> dict[str, Any]:  # a copy with head_learning_rate, equal to learning_rate
     "Version 1 to 2: there was one learning rate, for the adapter and for the new head."
     training = values.get("training")
     if not isinstance(training, dict) or "head_learning_rate" in training: return values

@@ -21,7 +21,7 @@ class Version:
     "Name one configuration that a run has had."
     number: int  # from 1
     hash: str  # first 16 hex digits of the SHA-256 of its bytes
-    path: Path
+    path: Path  # of the kept file, config/NUMBER-HASH.yaml in the run folder
 
     def __str__(self) -> str: return f"{self.number} {self.hash}"
 
@@ -32,7 +32,8 @@ def versions(run: str | Path,  # a run folder
     found = ((re.fullmatch(r"(\d{4,})-([0-9a-f]{16})\.yaml", p.name), p) for p in (Path(run) / "config").glob("*.yaml"))
     return sorted((Version(int(m[1]), m[2], p) for m, p in found if m), key=lambda v: v.number)
 
-def content(version: Version) -> bytes:
+def content(version: Version,  # from `versions`
+           ) -> bytes:  # of the YAML file, as it was kept
     "Read a version, and check that it is still what its name says."
     raw = version.path.read_bytes()
     if sha256(raw).hexdigest()[:16] != version.hash: raise RunError(f"version {version.number} of the configuration was altered", where=str(version.path), fix="restore the file from a copy of the run folder")
@@ -53,7 +54,9 @@ def keep_version(run: str | Path,  # a run folder with a config.yaml
     replace_bytes(version.path, raw)
     return version
 
-def replace_bytes(path: Path, raw: bytes) -> None:
+def replace_bytes(path: Path,  # where the file shall stand; its folder must be there
+                  raw: bytes,  # the whole content
+                 ) -> None:
     "Write a file that is either whole or not there."
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with open(part, "wb") as f:
