@@ -29,7 +29,7 @@ def kind(head: bytes) -> str:  # a value of `MAGIC`, or "" for what may be text
     return next((k for magic, k in MAGIC.items() if head.startswith(magic)), "")
 
 # %% ../../nbs/data/302_bytes.ipynb #member
-def member(archive: zipfile.ZipFile,
+def member(archive: zipfile.ZipFile,  # open for reading
            name: str,  # of the archive, for messages
           ) -> Any:  # binary stream of the only file inside
     "Open the only file of a zip archive."
@@ -60,7 +60,7 @@ def unpacked(handle: Any,  # binary stream that can seek, at its start
 CHUNK = 8 * 2**20  # bytes read at a time
 DAMAGED = (EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError)  # what decompressors raise
 
-def chunks(path: Path,
+def chunks(path: Path,  # of a file, packed or not
            progress: Any = None,  # called with the bytes of the file read since the last call
            size: int = CHUNK,  # bytes of content to read at a time
           ) -> Iterator[bytes]:  # never empty
@@ -85,7 +85,7 @@ def chunks(path: Path,
 BOMS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
         (codecs.BOM_UTF8, "utf-8-sig"))
 
-def translate(pieces: Iterable[bytes],
+def translate(pieces: Iterable[bytes],  # of a file in `encoding`, cut anywhere
               encoding: str,  # name that Python knows
               name: str,  # of the file, for messages
              ) -> Iterator[bytes]:  # UTF-8
@@ -103,7 +103,7 @@ def translate(pieces: Iterable[bytes],
         if text: yield text.encode("utf-8", "surrogatepass")
 
 # %% ../../nbs/data/302_bytes.ipynb #utf8
-def utf8(pieces: Iterable[bytes],
+def utf8(pieces: Iterable[bytes],  # of a file, cut anywhere
          name: str,  # of the file, for messages
          encoding: str | None = None,  # None: UTF-8, or what the byte-order mark says
         ) -> Iterator[bytes]:  # UTF-8 without a mark, as far as the file is what it says
@@ -122,7 +122,8 @@ def utf8(pieces: Iterable[bytes],
 # %% ../../nbs/data/302_bytes.ipynb #guess
 LIKELY = ("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "koi8_r", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr")
 
-def is_mixed(sample: bytes) -> bool:
+def is_mixed(sample: bytes,  # of a text; its first and last line may be cut and do not count
+            ) -> bool:
     "Tell whether some lines are UTF-8 beyond ASCII, and others no UTF-8."
     def valid(line: bytes) -> bool:
         try: line.decode()
@@ -143,7 +144,7 @@ def guess(sample: bytes,  # of text that is not UTF-8
     return next((e for e in LIKELY if e in equals), found[0].encoding)
 
 # %% ../../nbs/data/302_bytes.ipynb #sample
-def odd_sample(pieces: Iterable[bytes],
+def odd_sample(pieces: Iterable[bytes],  # of a file, cut anywhere
                size: int = 2**16,  # bytes to look at
               ) -> bytes:  # b"" if all of it is UTF-8
     "Find the first place that is not UTF-8, with what stands around it."
@@ -162,7 +163,7 @@ def odd_sample(pieces: Iterable[bytes],
 # %% ../../nbs/data/302_bytes.ipynb #blocks
 LONGEST = 64 * 2**20  # bytes that one row may have
 
-def blocks(pieces: Iterable[bytes],
+def blocks(pieces: Iterable[bytes],  # of a file, cut anywhere
            name: str,  # of the file, for messages
           ) -> Iterator[bytes]:  # each of whole lines
     "Cut a stream after ends of lines."

@@ -49,7 +49,7 @@ def unit_names(ids: Sequence[str],  # content hashes, n
 def stratified(u: np.ndarray,  # a draw per unit
                n: np.ndarray,  # rows per unit
                stratum: np.ndarray,  # class per unit
-               seed: int,
+               seed: int,  # another seed, another turn of each class
               ) -> np.ndarray:  # a number in [0, 1) per unit, evenly spread in each class
     "Spread the units of each class evenly over the unit interval, in the order of their draws."
     frame = pd.DataFrame({"u": u, "n": n, "stratum": stratum}).sort_values(["stratum", "u"], kind="stable")
@@ -131,7 +131,11 @@ class Deal:
     notes: tuple[str, ...] = ()  # what a reader should know, one sentence each
 
     def __len__(self) -> int: return len(self.place)
-    def count(self, split: str) -> int: return int((self.place == split).sum())
+    def count(self,
+              split: str,  # its name; "" for rows set aside
+             ) -> int:
+        "Count the rows of a split."
+        return int((self.place == split).sum())
     def __repr__(self) -> str:
         counts = ", ".join(f"{self.count(s):,} {s or 'set aside'}" for s in (*SPLITS, "shift", "") if self.count(s))
         return "\n".join([f"{len(self):,} rows in {len(set(self.unit)):,} units: {counts}", *self.notes])
@@ -150,7 +154,7 @@ def deal_notes(unit: np.ndarray,  # unit number per row
 
 # %% ../../nbs/data/312_dealing.ipynb #places
 def unit_places(units: pd.DataFrame,  # one row per unit: u, n, and perhaps stratum and when
-                sizes: Sequence[float], seed: int,
+                sizes: Sequence[float], seed: int,  # four shares, or five with `when`; another seed, another deal
                ) -> np.ndarray:  # a split per unit
     "Deal units by time, by strata or by their draws alone."
     if "when" in units: return by_time(units["when"].to_numpy(), units["n"].to_numpy(), units["u"].to_numpy(), sizes)
@@ -159,7 +163,10 @@ def unit_places(units: pd.DataFrame,  # one row per unit: u, n, and perhaps stra
     return np.array(SPLITS)[np.searchsorted(np.cumsum(sizes)[:3] / np.sum(sizes), u, side="right")]
 
 # %% ../../nbs/data/312_dealing.ipynb #check-sizes
-def check_sizes(sizes: Sequence[float], timed: bool, fixed: bool) -> None:
+def check_sizes(sizes: Sequence[float],  # shares of train, validation, calibration, test, and perhaps shift
+                timed: bool,  # rows have times, so a fifth share makes sense
+                fixed: bool,  # given= and ledger= are both there
+               ) -> None:
     "Refuse shares that mean nothing."
     assign([], 0, tuple(sizes)[:4])  # refuses what are no four shares
     if len(sizes) == 5 and not timed or len(sizes) > 5 or min(sizes) < 0:
@@ -168,9 +175,10 @@ def check_sizes(sizes: Sequence[float], timed: bool, fixed: bool) -> None:
 
 # %% ../../nbs/data/312_dealing.ipynb #unit-frame
 def unit_frame(ids: Sequence[str], unit: np.ndarray,  # id and unit number per row
-               groups: Sequence[Any] | None, times: Sequence[Any] | None,
+               groups: Sequence[Any] | None, times: Sequence[Any] | None,  # per row, None where not asked for
                strata: Sequence[Any] | None,  # class per row
-               seed: int) -> pd.DataFrame:  # u, n, and where asked for stratum and when
+               seed: int,  # another seed, other draws
+              ) -> pd.DataFrame:  # u, n, and where asked for stratum and when
     "Collect what a unit is dealt by."
     units = pd.DataFrame({"u": draw(list(unit_names(ids, unit, groups)), seed), "n": np.bincount(unit)})
     if strata is not None:  # the class of the row with the smallest id

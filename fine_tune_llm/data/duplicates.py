@@ -71,7 +71,7 @@ def meet(likeness: float,  # Jaccard likeness of two texts, 0 to 1
     return 1 - (1 - likeness**ROWS)**BANDS
 
 # %% ../../nbs/data/306_duplicates.ipynb #portions
-def portions(texts: Sequence[str],
+def portions(texts: Sequence[str],  # n, of any length
              most: int = 1_000_000,  # characters in a portion, so that memory stays flat
             ) -> Iterator[Sequence[str]]:
     "Take texts in portions of about equal length."

@@ -43,7 +43,8 @@ class How:
     progress: bool | None = None  # show a bar; None: for more than 100 MB
 
 # %% ../../nbs/data/305_files.ipynb #check-how
-def check_how(how: How) -> How:
+def check_how(how: How,  # as a caller gave it
+             ) -> How:  # the same
     "Refuse settings that mean nothing."
     if how.on_bad_row not in POLICIES: raise ConfigurationError(f"on_bad_row={how.on_bad_row!r}", fix=f"use one of {', '.join(POLICIES)}")
     if how.format not in (None, *FORMATS): raise ConfigurationError(f"format={how.format!r}", fix=f"use one of {', '.join(FORMATS)}")
@@ -61,7 +62,8 @@ def ending(path: Path) -> str:  # of `FORMATS`, or "" if the name says nothing
     return ENDINGS.get(inner[-1], "") if inner else ""
 
 # %% ../../nbs/data/305_files.ipynb #is-table
-def is_table(text: str) -> bool:
+def is_table(text: str,  # beginning of a file; 20 lines count, the last of them may be cut
+            ) -> bool:
     "Tell whether all lines have as many separators as the first."
     lines = [line for line in text.splitlines()[:20] if line.strip()]
     mark = separator(text)
@@ -85,7 +87,7 @@ def json_kind(text: str,  # begins with a brace or a bracket
 
 # %% ../../nbs/data/305_files.ipynb #text-kind
 def text_kind(head: bytes,  # beginning of the content, UTF-8
-              path: Path,
+              path: Path,  # its name decides where the content does not
              ) -> str:  # "csv", "tsv", "jsonl", "array", "object" or "txt"
     "Name the format of a text."
     text, named = head.decode("utf-8", "replace").lstrip(BLANK), ending(path)
@@ -110,7 +112,7 @@ def txt_parts(pieces: Iterable[bytes],  # UTF-8, as far as the file is what it s
                    np.array([i for i, _ in found if i not in bad], dtype=np.int64), [BadRow(name, i, why, "line") for i, why in bad.items()])
 
 # %% ../../nbs/data/305_files.ipynb #binary
-def binary_parts(path: Path,
+def binary_parts(path: Path,  # of the file or the archive around it
                  found: str,  # "parquet", "arrow" or "arrow stream"
                  packed: bool,  # is inside an archive
                 ) -> Iterator[Part]:
@@ -138,7 +140,8 @@ def with_names(table: Any,  # pyarrow.Table
     return class_names(table, datasets.Features.from_arrow_schema(table.schema))
 
 # %% ../../nbs/data/305_files.ipynb #pieces
-def pieces_of(path: Path, how: How,
+def pieces_of(path: Path,  # of a file, packed or not
+              how: How,  # its encoding and progress
               notes: list[str],  # is filled with what was inferred
              ) -> Iterator[bytes]:  # UTF-8, as far as the file is what it says
     "Read the text of a file, unpacked and translated."
@@ -155,7 +158,7 @@ def pieces_of(path: Path, how: How,
         if bar is not None: bar.close()
 
 # %% ../../nbs/data/305_files.ipynb #peeked
-def peeked(pieces: Iterator[bytes],
+def peeked(pieces: Iterator[bytes],  # are taken up as far as needed
            size: int = 2**16,  # bytes wanted
           ) -> tuple[bytes, Iterator[bytes]]:  # the beginning, and all pieces
     "Look at the beginning of a stream."
@@ -164,7 +167,8 @@ def peeked(pieces: Iterator[bytes],
     return b"".join(seen)[:size], chain(seen, pieces)
 
 # %% ../../nbs/data/305_files.ipynb #open
-def open_file(path: Path, how: How,
+def open_file(path: Path,  # of a file, packed or not
+              how: How,  # what the caller says about it
               notes: list[str],  # is filled with what was inferred
              ) -> tuple[str, Iterator[Part]]:  # format, parts
     "Recognise a file and start reading it."
@@ -180,14 +184,17 @@ def open_file(path: Path, how: How,
     return text_parts(path, pieces, how.format or text_kind(head, path), how, notes)
 
 # %% ../../nbs/data/305_files.ipynb #head-of
-def head_of(path: Path) -> bytes:
+def head_of(path: Path,  # of any file
+           ) -> bytes:  # at most 16; of an archive, before it is unpacked
     "Read the first bytes of a file as it is."
     with path.open("rb") as handle: return handle.read(16)
 
 # %% ../../nbs/data/305_files.ipynb #text-parts
-def text_parts(path: Path, pieces: Iterator[bytes],
+def text_parts(path: Path,  # its name decides the usual format
+               pieces: Iterator[bytes],  # UTF-8, as far as the file is what it says
                found: str,  # format
-               how: How, notes: list[str]) -> tuple[str, Iterator[Part]]:  # format, parts
+               how: How, notes: list[str],  # what the caller says, and a list that is filled with what was inferred
+              ) -> tuple[str, Iterator[Part]]:  # format, parts
     "Choose the parser of a text."
     name, named = path.name, ending(path)
     shown = {"array": "a JSON array", "object": "one JSON object", "jsonl": "JSON Lines", "csv": "delimited text", "tsv": "delimited text", "txt": "plain text"}
@@ -224,7 +231,8 @@ def files_of(source: str | Path) -> list[Path]:  # at least one
     return found
 
 # %% ../../nbs/data/305_files.ipynb #parts-of
-def parts_of(paths: Sequence[Path], how: How,
+def parts_of(paths: Sequence[Path],  # at least one
+             how: How,  # what the caller says about all of them
              notes: list[str],  # is filled with what was inferred
              units: list[str],  # is filled with what the places of each file count
             ) -> Iterator[tuple[int, Part]]:  # with the index of the file
@@ -242,7 +250,8 @@ def parts_of(paths: Sequence[Path], how: How,
             yield i, part
 
 # %% ../../nbs/data/305_files.ipynb #read-files
-def read_files(paths: Sequence[Path], how: How,
+def read_files(paths: Sequence[Path],  # at least one, with the same columns
+               how: How,  # what the caller says about all of them
                name: str = "",  # of the source, for messages; "" for that of the file
               ) -> Rows:
     "Read one or several files."
@@ -261,7 +270,8 @@ def read_files(paths: Sequence[Path], how: How,
     return rows
 
 # %% ../../nbs/data/305_files.ipynb #check-single
-def check_single(rows: Rows) -> None:
+def check_single(rows: Rows,  # of a file .json in which one row was found
+                ) -> None:
     "Refuse one object that holds lists under the name of a file of rows."
     inside = lists({n: decoded(rows.table.field(n), c)[0] for n, c in zip(rows.table.column_names, rows.table.columns)}) if len(rows) else {}
     if inside:
@@ -297,7 +307,8 @@ def batches_of(stream: Any,  # datasets.IterableDataset
 # %% ../../nbs/data/305_files.ipynb #read
 FILE_NAME = re.compile(r"\.(csv|tsv|tab|jsonl?|ndjson|parquet|arrow|feather|txt|text)(\.(gz|zst|zip))?$")
 
-def is_hub_name(source: str) -> bool:
+def is_hub_name(source: str,  # as the caller gave it
+               ) -> bool:
     "Tell a name of the hub from a path."
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", source)) and not FILE_NAME.search(source.lower()) and not Path(source).exists()
 

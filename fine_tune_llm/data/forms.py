@@ -96,7 +96,7 @@ def pair(chosen: Any, rejected: Any, prompt: Any = "", prompted: bool = False) -
     return {"prompt": prompt if prompted else "", "chosen": better, "rejected": worse}, ""
 
 # %% ../../nbs/data/321_forms.ipynb #repeats
-def pair_notes(rows: Rows,
+def pair_notes(rows: Rows,  # as many as pairs; they know the places
                pairs: Sequence[Mapping[str, Any]],  # a pair per row
               ) -> list[str]:  # one sentence each
     "State which pairs repeat or contradict others."
@@ -132,7 +132,7 @@ READERS: dict[str, tuple[Callable[..., tuple[dict[str, Any], str]], tuple[str, .
     "preference": (pair, ("chosen", "rejected", "prompt")), "choice": (choice, ("question", "choices", "key", "context"))}
 
 # %% ../../nbs/data/321_forms.ipynb #values
-def role_values(rows: Rows, name: Any,  # column, template, or names of the columns of choices
+def role_values(rows: Rows, name: Any,  # from `read_rows`; a column, a template, or names of the columns of choices
                ) -> list[Any]:
     "Take the values of a role."
     if isinstance(name, (list, tuple)): return [[v for v in values if v is not None] for values in zip(*(column(rows, n) for n in name))]
@@ -140,7 +140,9 @@ def role_values(rows: Rows, name: Any,  # column, template, or names of the colu
     return column(filled, name)
 
 # %% ../../nbs/data/321_forms.ipynb #read-chat
-def read_chat(rows: Rows, columns: Columns) -> list[tuple[dict[str, Any], str]]:
+def read_chat(rows: Rows,  # from `read_rows`
+              columns: Columns,  # of the form "chat"
+             ) -> list[tuple[dict[str, Any], str]]:  # per row: "messages", and what is wrong or ""
     "Read conversations, whichever spelling each row has."
     spellings = [column(rows, n) for n in dict.fromkeys([columns.roles["messages"], *candidates(rows, "messages")])]
     parts = [column(rows, found[0]) if (found := candidates(rows, role)) else [None] * len(rows) for role in ("prompt", "completion", "input")]
@@ -156,7 +158,8 @@ def read_chat(rows: Rows, columns: Columns) -> list[tuple[dict[str, Any], str]]:
     return read
 
 # %% ../../nbs/data/321_forms.ipynb #convert
-def convert(rows: Rows, columns: Columns,
+def convert(rows: Rows,  # from `read_rows`
+            columns: Columns,  # their form and roles, from `detect`
             on_bad_row: str = "refuse",  # or "quarantine"
            ) -> Rows:  # with the columns of the form
     "Read each row in its form."

@@ -31,13 +31,15 @@ def once(pairs: list[tuple[str, Any]],  # the keys and values of one object, in 
     return made
 
 # %% ../../nbs/data/304_jsonlines.ipynb #whole
-def whole(digits: str) -> int:
+def whole(digits: str,  # as JSON writes them, with a sign or not
+         ) -> int:
     "Read a whole number that a double can come near."
     if len(digits) > 309: raise ValueError("a number beyond a double")
     return int(digits)
 
 # %% ../../nbs/data/304_jsonlines.ipynb #decimal
-def decimal(digits: str) -> float:
+def decimal(digits: str,  # as JSON writes them, with point or exponent
+           ) -> float:
     "Read a decimal that a double can hold."
     if abs(number := float(digits)) == float("inf"): raise ValueError("a number beyond a double")
     return number
@@ -171,7 +173,7 @@ def items(texts: Iterable[str],  # pieces of the file
         if len(text) - at > LONGEST: raise DataError(f"item {n + 1} is broken or longer than {LONGEST // 2**20} MiB", name, "mend it, or write one object a line")
 
 # %% ../../nbs/data/304_jsonlines.ipynb #broken
-def broken(text: str,
+def broken(text: str,  # of the array, as far as it was kept
            at: int,  # where the array could not be read on
           ) -> str:
     "Say what is wrong with the text of an array."
@@ -179,7 +181,7 @@ def broken(text: str,
     return parse(rest)[1].replace("extra data", "no comma or bracket follows") or "it does not end" if rest else "it does not end"
 
 # %% ../../nbs/data/304_jsonlines.ipynb #next
-def next_item(text: str,
+def next_item(text: str,  # of the array, as far as it was read
               at: int,  # where to go on
               after: bool,  # an item went before
              ) -> tuple[Any, str, int, bool] | None:  # value, what is wrong, where to go on, end of array; None where more is needed
@@ -209,7 +211,10 @@ def past(text: str, start: int) -> int:  # end of a value that is JSON and break
     except ValueError: return len(text)
 
 # %% ../../nbs/data/304_jsonlines.ipynb #take-item
-def take_item(text: str, at: int, after: bool, name: str, n: int) -> tuple[Any, str, int, bool] | None:
+def take_item(text: str, at: int,  # of the array, as far as it was read, and where to go on in it
+              after: bool,  # an item went before
+              name: str, n: int,  # of the file, and items taken so far, for the message
+             ) -> tuple[Any, str, int, bool] | None:  # as `next_item`
     "Take one item, and say which one is nested too deeply."
     try: return next_item(text, at, after)
     except RecursionError: raise DataError("nested too deeply", f"{name}, item {n + 1}", "write one object a line") from None
@@ -238,7 +243,9 @@ def array_parts(pieces: Iterable[bytes],  # UTF-8
     if found: yield rows_part(found, name)
 
 # %% ../../nbs/data/304_jsonlines.ipynb #decoded
-def decoded_pieces(pieces: Iterable[bytes], name: str) -> Iterator[str]:
+def decoded_pieces(pieces: Iterable[bytes],  # UTF-8, cut anywhere
+                   name: str,  # of the file, for messages
+                  ) -> Iterator[str]:
     "Decode UTF-8 piece by piece, or name the byte that does not fit."
     from codecs import getincrementaldecoder
     decoder, done = getincrementaldecoder("utf-8")("strict"), 0

@@ -28,7 +28,9 @@ from .splits import SPLITS, Data, Split, fingerprint, normalise, row_id, unique_
 # %% ../../nbs/data/325_loading.ipynb #sourced
 LABEL = (str, bool, int, float)  # types that a label may have
 
-def sourced(source: Any, text: str | Sequence[str] | None, label: str | None,
+def sourced(source: Any,  # anything that `read_rows` takes
+            text: str | Sequence[str] | None,  # column, template, or columns to join; None: found
+            label: str | None,  # column of the classes; None: found
             leave: Sequence[str],  # columns that serve something else
             how: Mapping[str, Any],  # settings of `read_rows`
            ) -> tuple[Rows, str, str]:  # rows, and the columns of text and label
@@ -48,7 +50,9 @@ def sourced(source: Any, text: str | Sequence[str] | None, label: str | None,
     return rows, text, label
 
 # %% ../../nbs/data/325_loading.ipynb #fields
-def fields(rows: Rows, text: str, label: str, groups: Sequence[str], split: str | None,
+def fields(rows: Rows,  # from `sourced`
+           text: str, label: str,  # their columns
+           groups: Sequence[str], split: str | None,  # columns to audit by, and the one with a split per row, if any
            side: str = "",  # side of every row where `split` is None
            **more: str | None,  # further columns to take, by the name they get: together, time
           ) -> pd.DataFrame:  # columns text, label, id, side, source, those of `more` and one "group:..." per group
@@ -65,7 +69,8 @@ def fields(rows: Rows, text: str, label: str, groups: Sequence[str], split: str 
 
 # %% ../../nbs/data/325_loading.ipynb #settle
 def settle(frame: pd.DataFrame,  # of `fields`
-           seed: int, sizes: Sequence[float],
+           seed: int,  # another seed, another deal
+           sizes: Sequence[float],  # shares of the four splits; with times perhaps a fifth
            **deal: Any,  # near, stratify and ledger of `split_data`
           ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:  # (rows with a final side, rows set aside, notes)
     "Give each row its side, and each text only one."
@@ -145,7 +150,8 @@ def check_sides(frame: pd.DataFrame,  # rows with a final side
 
 # %% ../../nbs/data/325_loading.ipynb #make
 def make_split(frame: pd.DataFrame,  # rows with final sides and ids
-               name: str, labels: Labels) -> Split:
+               name: str, labels: Labels,  # one of `SPLITS` or "shift", and all K classes
+              ) -> Split:
     "Collect the rows of one split."
     rows = frame[frame["side"] == name]
     groups = rows.filter(regex="^group:").rename(columns=lambda c: c[6:]).reset_index(drop=True)

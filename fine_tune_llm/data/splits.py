@@ -103,10 +103,10 @@ def table(splits: Sequence[Split]) -> pd.DataFrame:  # one row per split
 @dataclass(frozen=True, eq=False, repr=False)
 class Data:
     "Hold four disjoint splits and what is known about them."
-    train: Split
-    validation: Split
-    calibration: Split
-    test: Split
+    train: Split  # fits the weights
+    validation: Split  # chooses the model, the temperature, parameters of scores
+    calibration: Split  # carries guarantees: thresholds, certificates
+    test: Split  # is read once, for the report
     labels: Labels  # the K classes, in the order of every y
     notes: tuple[str, ...] = ()  # what a reader should know, one sentence each
     fingerprint: str = ""  # SHA-256 of ids, labels and places
@@ -114,15 +114,20 @@ class Data:
     shift: Split | None = None  # rows from another time or place, to audit on
 
     @property
-    def splits(self) -> tuple[Split, ...]: return self.train, self.validation, self.calibration, self.test
+    def splits(self) -> tuple[Split, ...]:
+        "List train, validation, calibration and test."
+        return self.train, self.validation, self.calibration, self.test
     @property
-    def parts(self) -> tuple[Split, ...]: return (*self.splits, self.shift) if self.shift else self.splits
+    def parts(self) -> tuple[Split, ...]:
+        "List the splits, with the shift sample if there is one."
+        return (*self.splits, self.shift) if self.shift else self.splits
     def __repr__(self) -> str: return "\n".join([headline(self), table(self.parts).to_string(index=False), *self.notes])
     def _repr_html_(self) -> str:
         notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
         return f"<p>{escape(headline(self))}</p>{table(self.parts).to_html(index=False)}<ul>{notes}</ul>"
 
 # %% ../../nbs/data/310_splits.ipynb #headline
-def headline(data: Data) -> str:
+def headline(data: Data,  # with all its parts
+            ) -> str:
     "State the size and the fingerprint of data in one line."
     return f"{sum(map(len, data.parts)):,} rows, {len(data.labels)} classes, fingerprint {data.fingerprint[:12]}"
