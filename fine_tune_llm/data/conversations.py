@@ -33,7 +33,8 @@ def turn(message: Mapping[str, Any],  # as written, with role and content, or fr
 FORMS = {"messages": ("messages",), "conversations": ("conversations",), "prompt and completion": ("prompt", "completion"),
          "instruction and output": ("instruction", "output")}
 
-def said(role: str, content: Any) -> list[Any]:
+def said(role: str, content: Any,  # who speaks, for a text; a text, or a list of turns
+        ) -> list[Any]:
     "Make turns of a text, or of a list that holds turns already."
     return list(content) if isinstance(content, list | tuple) else [{"role": role, "content": content}]
 

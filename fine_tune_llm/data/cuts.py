@@ -28,7 +28,7 @@ def count_true(mask: np.ndarray, start: np.ndarray) -> np.ndarray:  # int64 [n]
 # %% ../../nbs/data/376_cuts.ipynb #cut
 CUTS = ("end", "prompt-left", "prompt-middle")
 
-def cut_tokens(e: Encoded,
+def cut_tokens(e: Encoded,  # n rows of T tokens together
                max_length: int,  # tokens that a row may keep
                cut: str,  # one of CUTS
                keep: np.ndarray,  # int64 [n], tokens at the beginning that are never cut
@@ -48,7 +48,7 @@ def cut_tokens(e: Encoded,
     return (place >= end) | (place >= left) & (place < right)
 
 # %% ../../nbs/data/376_cuts.ipynb #fates
-def settle_fates(e: Encoded,
+def settle_fates(e: Encoded,  # n rows of T tokens together
                  gone: np.ndarray,  # bool [T], True where a token is cut
                  whole: bool,  # True to drop rows whose answer lost a token
                 ) -> np.ndarray:  # uint8 [T], positions in FATES

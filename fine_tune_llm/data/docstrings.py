@@ -55,7 +55,8 @@ def first_paragraph(doc: str) -> str:  # on one line
     "Take a docstring up to its first blank line."
     return " ".join(doc.split("\n\n")[0].split())
 
-def is_usable(paragraph: str) -> bool:
+def is_usable(paragraph: str,  # on one line, from `first_paragraph`
+             ) -> bool:  # 20 to 400 characters, at least three words
     "Tell whether a paragraph says something and stays short."
     return 20 <= len(paragraph) <= 400 and len(re.findall(r"[A-Za-z]{2,}", paragraph)) >= 3
 
@@ -87,11 +88,16 @@ def entries(tree: ast.Module) -> Iterator[tuple[str, str, str, str]]:  # (kind, 
 NAMES = re.compile(r"(?i)(?<![a-z])(numpy|np|scipy|sklearn|scikit[- ]learn|scikit|pandas|pd|matplotlib|mpl|pyplot|plt|pylab|"
                    r"torch|pytorch|aten|transformers|hugging ?face|hf|c?python|stdlib)(?![a-z])")
 
-def scrub(text: str) -> str:
+def scrub(text: str,  # of an entry, as `render` writes it
+         ) -> str:
     "Put LIB in place of every name that gives a library away."
     return NAMES.sub("LIB", text)
 
-def render(kind: str, name: str, args: str, doc: str) -> str:
+def render(kind: str,  # "class", "function" or "method"
+           name: str,  # of the class or function
+           args: str,  # as they stand in the parentheses
+           doc: str,  # the docstring, or its first paragraph
+          ) -> str:
     "Write an entry the way it stands in source."
     return f'{"class" if kind == "class" else "def"} {name}({args})\n"""{doc}"""'
 
@@ -105,11 +111,13 @@ def side(group: str) -> str:  # "train" or "held-out"
     return "train" if int(sha256(group.encode()).hexdigest()[:8], 16) % 10 < 7 else "held-out"
 
 # %% ../../nbs/data/330_docstrings.ipynb #letters
-def letters(paragraph: str) -> str:
+def letters(paragraph: str,  # on one line, from `first_paragraph`
+           ) -> str:  # a to z, in lower case
     "Keep the letters alone, to compare paragraphs."
     return re.sub(r"[^a-z]", "", paragraph.lower())
 
-def length(text: str) -> str:
+def length(text: str,  # of an entry, as `render` writes it
+          ) -> str:  # "short" below 100, "medium" below 150, or "long"
     "Sort a text by its number of characters."
     return "short" if len(text) < 100 else "medium" if len(text) < 150 else "long"
 
@@ -136,7 +144,8 @@ def harvest(library: str, quotas: Mapping[str, int],  # rows wanted per side
     return rows
 
 # %% ../../nbs/data/330_docstrings.ipynb #version
-def version(library: str) -> str:
+def version(library: str,  # one of `LIBRARIES`, or any other that can be imported
+           ) -> str:  # "unknown" where no package says so
     "Look up the installed version of a library."
     if library == "stdlib": return platform.python_version()
     try: return importlib.metadata.version({"sklearn": "scikit-learn"}.get(library, library))
@@ -179,7 +188,7 @@ def docstrings(train: int = 600,  # rows per library from train modules
     return replace(data, notes=(*data.notes, *notes), manifest=manifest)
 
 # %% ../../nbs/data/330_docstrings.ipynb #pretraining
-def pretraining_texts(libraries: Sequence[str] = LIBRARIES,
+def pretraining_texts(libraries: Sequence[str] = LIBRARIES,  # names of installed ones
                       longest: int = 900,  # characters of a docstring that are kept
                      ) -> list[str]:  # one text per docstring
     "Collect the docstrings of all train modules, names scrubbed, without duplicates."

@@ -20,12 +20,14 @@ from .files import fault, read_rows
 from .splits import Data, Split
 
 # %% ../../nbs/data/350_findings.ipynb #private
-def luhn(number: str) -> bool:
+def luhn(number: str,  # with blanks or dashes between the digits, or not
+        ) -> bool:
     "Check the last digit of a card number."
     digits = [int(c) for c in reversed(number) if c.isdecimal()]
     return sum(d if i % 2 == 0 else sum(divmod(2 * d, 10)) for i, d in enumerate(digits)) % 10 == 0
 
-def iban(number: str) -> bool:
+def iban(number: str,  # two letters, two digits, then letters and digits; blanks are passed over
+        ) -> bool:
     "Check the remainder of an account number."
     plain = number.replace(" ", "")
     return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
@@ -48,13 +50,15 @@ def private(text: str) -> list[str]:  # kinds, e.g. ["e-mail address"]
     if not HINT.search(text): return []
     return [kind for kind, (p, check) in PRIVATE.items() if any(check(m[0]) for m in p.finditer(text))]
 
-def mask(text: str) -> str:
+def mask(text: str,  # as read
+        ) -> str:  # such as "write to [e-mail address]"
     "Replace private details by their kind."
     for kind, (p, check) in PRIVATE.items(): text = p.sub(lambda m, k=kind, c=check: f"[{k}]" if c(m[0]) else m[0], text)  # type: ignore[misc]
     return text
 
 # %% ../../nbs/data/350_findings.ipynb #shown
-def safe(text: str) -> str:
+def safe(text: str,  # a text, a label or the name of a column
+        ) -> str:
     "Mask what is private, and write what is not printable as its code."
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in mask(text))
 
@@ -100,20 +104,23 @@ class Table:
 
     def __len__(self) -> int: return len(self.texts)
     @property
-    def names(self) -> list[str]: return list(dict.fromkeys(self.splits))
+    def names(self) -> list[str]:
+        "List the splits, in the order of their first rows."
+        return list(dict.fromkeys(self.splits))
 
 # %% ../../nbs/data/350_findings.ipynb #tell
 VERBS = {"have": "has", "hold": "holds", "mix": "mixes", "look": "looks", "are": "is", "seem": "seems", "repeat": "repeats", "stand": "stands", "differ": "differs"}
 
 def counted(message: str,  # a sentence with {n}
-            n: int) -> str:
+            n: int,  # rows, or what else is counted; 1 makes nouns and verbs singular
+           ) -> str:
     "Write a count into a sentence."
     if n == 1:
         message = re.sub(r"(\{n\}(?: more)? (?:row|text|label|answer))s\b", r"\1", message)
         message = re.sub(rf"(?<= )({'|'.join(VERBS)})\b", lambda m: VERBS[m[1]], message, count=1) if message.startswith("{n}") else message
     return message.replace("{n}", f"{n:,}")
 
-def tell(table: Table,
+def tell(table: Table,  # from `table_of`; says how many rows are quoted
          check: str, severity: str,  # as in Finding
          at: Sequence[int] | np.ndarray,  # positions of the rows it is about
          message: str, fix: str,  # as in Finding; {n} stands for the count
@@ -135,7 +142,8 @@ ANSWER = ("answer", "completion", "output", "response")
 def role(name: str | None,  # asked for; None to look for a usual one
          usual: Sequence[str], found: Sequence[str],  # usual names, and the columns that are there
          source: str,  # for messages
-         needed: bool) -> str | None:
+         needed: bool,  # True to refuse where there is none
+        ) -> str | None:
     "Choose the column of a role."
     name = name or next((u for u in usual if u in found), None)
     if name is not None and found.count(name) == 1: return name
@@ -166,7 +174,8 @@ def from_source(source: Any, name: str,  # path, DataFrame, list of dicts...; na
     return Table(values(t), values(y) if y else None, values(a) if a else None, given, splits, list(rows.places), columns, dict.fromkeys(set(splits), rows.unit))
 
 # %% ../../nbs/data/350_findings.ipynb #from-split
-def from_split(part: Split) -> Table:
+def from_split(part: Split,  # of `Data`, with labels or without
+              ) -> Table:
     "Take the columns of a split."
     labels = [part.labels[k] for k in part.y] if part.y is not None else None
     groups = {str(c): part.groups[c].tolist() for c in part.groups} if part.groups is not None else {}
@@ -190,7 +199,8 @@ def faults(values: Sequence[Any],  # texts, as read
     return ["" if isinstance(v, str) and v.isascii() and not v.isspace() and v else fault(v) for v in values]
 
 # %% ../../nbs/data/350_findings.ipynb #join
-def joined(tables: Sequence[Table]) -> Table:
+def joined(tables: Sequence[Table],  # at least one; all with the same roles and groups
+          ) -> Table:
     "Put tables below each other."
     first = tables[0]
     for t in tables[1:]:

@@ -90,7 +90,7 @@ def read_source(source: Any,  # "name:rest" of a source plugin, or anything that
     return replace(given if isinstance(given, Rows) else read_rows(given), name=source)
 
 # %% ../../nbs/data/370_plugins.ipynb #checks
-def run_checks(rows: Rows,
+def run_checks(rows: Rows,  # from `read_source`
                names: Sequence[str],  # of check plugins
               ) -> list[str]:  # "name: sentence"
     "Ask checks what they find."

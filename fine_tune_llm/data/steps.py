@@ -22,11 +22,13 @@ from ..core.errors import ConfigurationError
 from .plugins import load_plugin, plugins
 
 # %% ../../nbs/data/380_steps.ipynb #blanks
-def nfc(text: str) -> str:
+def nfc(text: str,  # as read, in any script
+       ) -> str:
     "Write each character in its composed form."
     return unicodedata.normalize("NFC", text)
 
-def squeeze_blanks(text: str) -> str:
+def squeeze_blanks(text: str,  # any, with line breaks of any system
+                  ) -> str:
     "Make runs of blanks one, and keep line breaks."
     lines = [" ".join(line.split()) for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
@@ -34,7 +36,8 @@ def squeeze_blanks(text: str) -> str:
 # %% ../../nbs/data/380_steps.ipynb #html
 INLINE = "a|abbr|b|code|em|font|i|mark|s|small|span|strong|sub|sup|u"
 
-def strip_html(text: str) -> str:
+def strip_html(text: str,  # HTML, or text in which no < opens a tag
+              ) -> str:
     "Take out tags, scripts, styles and comments, and turn entities back."
     text = re.sub(r"(?is)<(script|style)\b[^<>]*>.*?</\1\s*>", " ", re.sub(r"(?s)<!--.*?-->", "", text))
     text = re.sub(rf"(?i)</?({INLINE})(\s[^<>]*)?/?>", "", text)
@@ -62,14 +65,14 @@ PII: dict[str, tuple[str, Callable[[str], bool]]] = {  # kind -> (pattern, furth
 # %% ../../nbs/data/380_steps.ipynb #mask
 def hide(word: str,  # what to put in its place, without the brackets
          holds: Callable[[str], bool],  # whether what was found is what it looks like
-         found: re.Match[str],
+         found: re.Match[str],  # what a pattern of PII found
         ) -> str:
     "Replace a finding by its kind, if it is one."
     return f"[{word}]" if holds(found[0]) else found[0]
 
-def mask_pii(text: str,
+def mask_pii(text: str,  # in any language; shapes count, not words
              kinds: Sequence[str] = tuple(PII),  # which of PII
-            ) -> str:
+            ) -> str:  # such as "write to [EMAIL]"
     "Replace what looks like personal data by its kind."
     for kind in kinds:
         if kind not in PII: raise ConfigurationError(f"no kind of personal data {kind!r}", fix=f"use some of {', '.join(PII)}")
@@ -85,7 +88,8 @@ def some_places(n: int,  # places there are
     return sorted(rng.sample(range(n), min(n, max(1, round(share * n))))) if n > 0 else []
 
 # %% ../../nbs/data/380_steps.ipynb #drop
-def drop_words(text: str, rng: random.Random,
+def drop_words(text: str,  # of words with blanks between them
+               rng: random.Random,  # of this row, so that the same words go each time
                share: float = .1,  # of the words that go
               ) -> str:
     "Leave out words at random, never all of them."
@@ -94,7 +98,8 @@ def drop_words(text: str, rng: random.Random,
     return " ".join(w for i, w in enumerate(words) if i not in gone) or text
 
 # %% ../../nbs/data/380_steps.ipynb #swap
-def swap_letters(text: str, rng: random.Random,
+def swap_letters(text: str,  # of any alphabet
+                 rng: random.Random,  # of this row, so that the same letters move each time
                  share: float = .03,  # of the places between letters
                 ) -> str:
     "Swap neighbouring letters at random."
@@ -114,23 +119,36 @@ class Step:
     options: Mapping[str, Any] = field(default_factory=dict)  # plain data
 
     @property
-    def adds(self) -> bool: return self.name in AUGMENTING  # True for a step that adds rows
-    def function(self) -> Callable[..., str]: return {**CLEANING, **AUGMENTING}.get(self.name) or load_plugin("step", self.name)
+    def adds(self) -> bool:  # False for one that cleans
+        "Tell whether the step adds rows."
+        return self.name in AUGMENTING
+    def function(self) -> Callable[..., str]:  # text, and rng for a step that adds -> text
+        "Look up the function of the step; raise ConfigurationError for an unknown one."
+        return {**CLEANING, **AUGMENTING}.get(self.name) or load_plugin("step", self.name)
 
 # %% ../../nbs/data/380_steps.ipynb #recipe-class
 @dataclass(frozen=True)
 class Recipe:
     "Hold the steps that texts go through."
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...]  # in order, cleaning before augmentation
     seed: int = 0  # of the augmentation
 
-    def plain(self) -> dict[str, Any]: return {"steps": [[s.name, dict(s.options)] for s in self.steps], "seed": self.seed}
+    def plain(self) -> dict[str, Any]:
+        "Write the recipe as plain data."
+        return {"steps": [[s.name, dict(s.options)] for s in self.steps], "seed": self.seed}
     @property
-    def hash(self) -> str: return sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:16]
-    def clean(self, text: str) -> str: return clean_text(self, text)
+    def hash(self) -> str:  # 16 hex digits
+        "Name the recipe by its content (SHA-256)."
+        return sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:16]
+    def clean(self,
+              text: str,  # as a user wrote it
+             ) -> str:
+        "Run the cleaning steps on one text, as a service does with each new one."
+        return clean_text(self, text)
 
 # %% ../../nbs/data/380_steps.ipynb #make
-def try_step(step: Step) -> None:
+def try_step(step: Step,  # refused if its name or a setting is unknown
+            ) -> None:
     "Run a step on a word, so that a wrong setting shows at once."
     known = [*CLEANING, *AUGMENTING, *(p.name for p in plugins("step"))]
     if step.name not in known: raise ConfigurationError(f"no step {step.name!r}", fix=f"use some of {', '.join(known)}")
@@ -151,7 +169,9 @@ def recipe(*steps: Any,  # names, or pairs of a name and its settings
     return Recipe(made, seed)
 
 # %% ../../nbs/data/380_steps.ipynb #clean
-def clean_text(recipe: Recipe, text: str) -> str:
+def clean_text(recipe: Recipe,  # its augmentation is passed over
+               text: str,  # as a user wrote it
+              ) -> str:
     "Run the cleaning steps of a recipe on one text, as a service does with each new one."
     for step in recipe.steps:
         if not step.adds: text = step.function()(text, **step.options)

@@ -42,7 +42,7 @@ class Template:
 # %% ../../nbs/data/372_templates.ipynb #pieces
 Pieces = Sequence[tuple[str, bool]]  # texts in order, True where they are learned
 
-def join_pieces(pieces: Pieces,
+def join_pieces(pieces: Pieces,  # of one row, in order
                 ends: str = "token",  # one of ENDS
                ) -> Rendering:
     "Put pieces together and keep the places of those to be learned."
@@ -53,7 +53,7 @@ def join_pieces(pieces: Pieces,
     if not answers: raise ValueError("no piece is to be learned")
     return Rendering(text, tuple(answers), ends)
 
-def from_pieces(name: str,
+def from_pieces(name: str,  # for reports
                 pieces: Callable[[Mapping[str, Any]], Pieces],  # of a row
                 ends: str = "token",  # one of ENDS
                 recipe: Mapping[str, Any] | None = None,  # plain data
@@ -68,7 +68,7 @@ def gaps(pattern: str) -> list[str]:  # names of the columns
     return [name for _, name, _, _ in Formatter().parse(pattern) if name is not None]
 
 def fill(pattern: str,  # text with {column} gaps
-         row: Mapping[str, Any],
+         row: Mapping[str, Any],  # column -> value
         ) -> str:
     "Put the values of a row into a pattern."
     for name in gaps(pattern):
@@ -102,7 +102,8 @@ def instruction() -> Template:
         return [(fill("### Instruction:\n{instruction}", row) + given + "\n\n### Response:\n", False), (fill("{output}", row), True)]
     return from_pieces("instruction", pieces)
 
-def text(column: str = "text") -> Template:
+def text(column: str = "text",  # of the texts
+        ) -> Template:
     "Learn a whole text."
     return from_pieces("text", lambda row: [(fill(f"{{{column}}}", row), True)], recipe={"column": column})
 
@@ -110,7 +111,7 @@ def text(column: str = "text") -> Template:
 PLAIN = ("{% for m in messages %}{{ m.role.capitalize() }}:{{ ' ' + m.content }}"
          "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
 
-def chat_marks(turns: Sequence[Mapping[str, Any]], tokenizer: Any,
+def chat_marks(turns: Sequence[Mapping[str, Any]], tokenizer: Any,  # a conversation, and a tokenizer of transformers
                style: str | None) -> tuple[tuple[int, ...], tuple[int, ...]]:  # (token ids, 1 where the assistant speaks)
     "Ask a chat template with {% generation %} which tokens are the assistant's."
     found = tokenizer.apply_chat_template(turns, chat_template=style, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -149,7 +150,8 @@ TEMPLATES: dict[str, Callable[[], Template]] = {
     "chat": chat, "chat-plain": lambda: chat(style="plain"), "completion": completion, "instruction": instruction,
     "label-words": label_words, "text": text}
 
-def find_template(template: Template | str | Callable[[Mapping[str, Any]], Pieces]) -> Template:
+def find_template(template: Template | str | Callable[[Mapping[str, Any]], Pieces],  # a name is one of TEMPLATES or of a plugin
+                 ) -> Template:
     "Take a template, a name of one, or a function from a row to pieces."
     if isinstance(template, Template): return template
     if callable(template): return from_pieces(getattr(template, "__name__", "function"), template)
@@ -160,7 +162,8 @@ def find_template(template: Template | str | Callable[[Mapping[str, Any]], Piece
     return from_pieces(template, load_plugin("template", template), recipe={"plugin": template})
 
 # %% ../../nbs/data/372_templates.ipynb #render
-def render_rows(rows: Rows, template: Template,
+def render_rows(rows: Rows,  # from `read_source`
+                template: Template,  # from `find_template`
                 tokenizer: Any,  # of the model that will read the text
                ) -> tuple[list[Rendering], list[int], dict[int, str]]:  # (renderings, their positions in the table, position -> reason)
     "Render each row, or say why it cannot be."
@@ -177,7 +180,7 @@ def render_rows(rows: Rows, template: Template,
     return made, kept, faults
 
 # %% ../../nbs/data/372_templates.ipynb #refuse-faults
-def refuse_faults(rows: Rows,
+def refuse_faults(rows: Rows,  # they know the places
                   faults: Mapping[int, str],  # position -> reason
                  ) -> None:
     "Refuse rows that cannot be used, each reason with its rows."

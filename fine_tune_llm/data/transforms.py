@@ -32,11 +32,15 @@ from .tables import as_column
 # %% ../../nbs/data/382_transforms.ipynb #run
 Functions = Sequence[tuple[Step, Callable[..., str]]]  # steps, each with its function
 
-def functions(recipe: Recipe, adds: bool) -> Functions:
+def functions(recipe: Recipe,  # from `recipe`
+              adds: bool,  # True for the augmenting steps
+             ) -> Functions:
     "Look up the functions of the cleaning or of the augmenting steps, once."
     return [(step, step.function()) for step in recipe.steps if step.adds == adds]
 
-def run_step(step: Step, function: Callable[..., str], text: str,
+def run_step(step: Step,  # its name and settings
+             function: Callable[..., str],  # of this step
+             text: str,  # one row
              where: str,  # which row, for messages
              **more: Any,  # the random generator, for a step that adds rows
             ) -> str:
@@ -47,7 +51,8 @@ def run_step(step: Step, function: Callable[..., str], text: str,
     return found
 
 # %% ../../nbs/data/382_transforms.ipynb #run-cleaning
-def run_cleaning(steps: Functions, text: str, where: str) -> tuple[str, list[str]]:  # (text, names of steps that changed it)
+def run_cleaning(steps: Functions, text: str, where: str,  # from `functions`, one row, and which one it is, for messages
+                ) -> tuple[str, list[str]]:  # (text, names of steps that changed it)
     "Run cleaning steps on one text."
     done = []
     for step, function in steps:
@@ -55,14 +60,16 @@ def run_cleaning(steps: Functions, text: str, where: str) -> tuple[str, list[str
         if text != before: done.append(step.name)
     return text, done
 
-def run_adding(steps: Functions, text: str,
+def run_adding(steps: Functions,  # from `functions`
+               text: str,  # one row, cleaned
                seed: str,  # of this row
-               where: str) -> Iterator[tuple[str, str]]:  # (text, name of the step that made it)
+               where: str,  # which row, for messages
+              ) -> Iterator[tuple[str, str]]:  # (text, name of the step that made it)
     "Make the altered copies of one text, one per augmenting step."
     for n, (step, function) in enumerate(steps): yield run_step(step, function, text, where, rng=random.Random(f"{n}:{seed}")), step.name
 
 # %% ../../nbs/data/382_transforms.ipynb #trace
-def trace(data: Data,
+def trace(data: Data,  # from `load_data`
           source: Any,  # what the data was loaded from
           text: str = "text",  # column of the texts
          ) -> dict[str, str]:  # id of a train row -> "file, line 7"
@@ -76,7 +83,8 @@ def trace(data: Data,
     return {i: found[i] for i in data.train.ids}
 
 # %% ../../nbs/data/382_transforms.ipynb #candidates
-def candidates(data: Data, recipe: Recipe,
+def candidates(data: Data,  # its train split counts
+               recipe: Recipe,  # from `recipe`
                places: Mapping[str, str],  # id -> place, as far as known
               ) -> pd.DataFrame:  # one line per row that is or would be in train
     "Run a recipe over train."
@@ -123,7 +131,7 @@ def new_ids(found: pd.DataFrame,  # of `set_aside`, rows that stay
     return named
 
 # %% ../../nbs/data/382_transforms.ipynb #split
-def train_split(data: Data,
+def train_split(data: Data,  # before the recipe
                 stay: pd.DataFrame,  # rows of `set_aside` that are trained on, with their `id`
                ) -> Split:
     "Make the train split of the rows that stay."
@@ -138,17 +146,24 @@ def train_split(data: Data,
 @dataclass(frozen=True, eq=False, repr=False)
 class Transformed:
     "Hold data after a recipe, and what was done to each row."
-    data: Data
+    data: Data  # with another train split, and the recipe in its manifest
     lineage: pd.DataFrame  # id, origin (id before), place, steps, outcome: one line per row that is or was in train
-    recipe: Recipe
+    recipe: Recipe  # that was applied
 
     @property
-    def counts(self) -> dict[str, int]: return {str(k): int(v) for k, v in self.lineage["outcome"].value_counts().sort_index().items()}
+    def counts(self) -> dict[str, int]:  # outcome -> rows
+        "Count the rows by what became of them."
+        return {str(k): int(v) for k, v in self.lineage["outcome"].value_counts().sort_index().items()}
     def __repr__(self) -> str: return f"recipe {self.recipe.hash}: " + ", ".join(f"{n} {outcome}" for outcome, n in self.counts.items())
-    def save(self, folder: str | Path) -> Path: return save_transformed(self, Path(folder))
+    def save(self,
+             folder: str | Path,  # to be made
+            ) -> Path:
+        "Write rows, lineage and recipe; raise DataError if the folder is there."
+        return save_transformed(self, Path(folder))
 
 # %% ../../nbs/data/382_transforms.ipynb #transform
-def transform(data: Data, recipe: Recipe,
+def transform(data: Data,  # from `load_data`; is not changed
+              recipe: Recipe,  # from `recipe`
               source: Any = None,  # what the data was loaded from, for the places of the lineage
               text: str = "text",  # column of the texts in the source
              ) -> Transformed:
@@ -187,7 +202,9 @@ def clean_rows(source: Any,  # path, plugin name, list of dicts, DataFrame or Da
     return replace(rows, table=table), pd.DataFrame(told, columns=["place", "column", "steps"])
 
 # %% ../../nbs/data/382_transforms.ipynb #save
-def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def write_lines(path: Path,  # of the file, written over if it is there
+                records: Sequence[Mapping[str, Any]],  # plain data, one a line
+               ) -> None:
     "Write one JSON object a line."
     with open(path, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
@@ -195,14 +212,15 @@ def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         os.fsync(f.fileno())
 
 # %% ../../nbs/data/382_transforms.ipynb #split-records
-def split_records(split: Split) -> list[dict[str, Any]]:
+def split_records(split: Split,  # with labels and groups, or without
+                 ) -> list[dict[str, Any]]:  # id, text, label, split and the groups, one dict a row
     "Write the rows of a split as plain data."
     groups: list[Any] = split.groups.to_dict("records") if split.groups is not None else [{}] * len(split)
     names = [split.labels[k] for k in split.y] if split.y is not None else [None] * len(split)
     return [{**g, "id": str(i), "text": t, "label": name, "split": split.name} for i, t, name, g in zip(split.ids, split.texts, names, groups)]
 
 # %% ../../nbs/data/382_transforms.ipynb #save-all
-def save_transformed(done: Transformed,
+def save_transformed(done: Transformed,  # from `transform`
                      folder: Path,  # must not be there yet
                     ) -> Path:  # the folder
     "Write rows, lineage and recipe: all or nothing."

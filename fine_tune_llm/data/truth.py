@@ -54,7 +54,7 @@ class DataTruth:
     fates: np.ndarray  # uint8 [T], positions in FATES
     start: np.ndarray  # int64 [n + 1], where each row starts
     table: pd.DataFrame  # of `row_table`, n rows
-    tokenizer: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)  # that gave the ids
     template: str  # its name
     max_length: int | None  # tokens that a row may keep; None: no limit
     cut: str  # one of CUTS
@@ -63,17 +63,30 @@ class DataTruth:
 
     def __len__(self) -> int: return len(self.table)
     @property
-    def summary(self) -> dict[str, int]: return summarise(self)
+    def summary(self) -> dict[str, int]:
+        "Count rows and tokens by what becomes of them."
+        return summarise(self)
     @property
-    def fingerprint(self) -> str: return sha256(self.start.tobytes() + self.ids.tobytes() + self.fates.tobytes()).hexdigest()
-    def to_frame(self) -> pd.DataFrame: return self.table.set_axis(pd.Index(self.rows.places, name=self.rows.unit), axis=0)
-    def examples(self) -> Iterator[dict[str, list[int]]]: return read_examples(self)
-    def row(self, place: int) -> TokenMap: return map_row(self, place)  # place: the number of a row or line in its file
+    def fingerprint(self) -> str:  # 64 hex digits
+        "Hash the tokens and their fates (SHA-256)."
+        return sha256(self.start.tobytes() + self.ids.tobytes() + self.fates.tobytes()).hexdigest()
+    def to_frame(self) -> pd.DataFrame:
+        "Give the counts of each row, under its number in the file."
+        return self.table.set_axis(pd.Index(self.rows.places, name=self.rows.unit), axis=0)
+    def examples(self) -> Iterator[dict[str, list[int]]]:  # input_ids and labels, -100 where masked
+        "Give the rows that are trained on, one after the other."
+        return read_examples(self)
+    def row(self,
+            place: int,  # number of a row or line in its file
+           ) -> TokenMap:  # a notebook draws it
+        "Show one row token by token; raise DataError where there is none."
+        return map_row(self, place)
     def __repr__(self) -> str: return "\n".join([headline(self), counts_line(self), *self.notices])
     def _repr_html_(self) -> str: return styled(draw_truth(self))
 
 # %% ../../nbs/data/378_truth.ipynb #summary
-def summarise(truth: DataTruth) -> dict[str, int]:
+def summarise(truth: DataTruth,  # from `data_truth`, at least one row
+             ) -> dict[str, int]:  # name of a count -> rows or tokens
     "Count rows and tokens by what becomes of them."
     t = truth.table
     tokens = {f"{name}_tokens": int(t[name].sum()) for name in FATES}
@@ -92,7 +105,8 @@ def read_examples(truth: DataTruth) -> Iterator[dict[str, list[int]]]:  # input_
         yield {"input_ids": ids[stays].tolist(), "labels": np.where(fates == FATES.index("supervised"), ids, -100)[stays].tolist()}
 
 # %% ../../nbs/data/378_truth.ipynb #words
-def headline(truth: DataTruth) -> str:
+def headline(truth: DataTruth,  # from `data_truth`
+            ) -> str:
     "State what matters most in one line."
     s, limit = truth.summary, "" if truth.max_length is None else f" at max_length {num(truth.max_length, 0)}"
     if s["answers_cut"]: return f"{num(s['answers_cut'], 0)} of {num(len(truth), 0)} answers are cut{limit}: {num(s['kept_without_end'], 0)} kept without their end, {num(s['dropped'], 0)} rows dropped"
@@ -100,7 +114,8 @@ def headline(truth: DataTruth) -> str:
     return f"All {num(len(truth), 0)} answers are whole{limit}"
 
 # %% ../../nbs/data/378_truth.ipynb #counts-line
-def counts_line(truth: DataTruth) -> str:
+def counts_line(truth: DataTruth,  # from `data_truth`
+               ) -> str:
     "State the counts of rows and tokens in one line."
     s = truth.summary
     tokens = ", ".join(f"{num(s[f'{name}_tokens'], 0)} {name}" for name in FATES)
@@ -108,7 +123,9 @@ def counts_line(truth: DataTruth) -> str:
             f"{num(s['tokens'], 0)} tokens: {tokens}; 99th percentile {num(s['percentile_99'], 0)}, longest {num(s['longest'], 0)}.")
 
 # %% ../../nbs/data/378_truth.ipynb #map
-def map_row(truth: DataTruth, place: int) -> TokenMap:
+def map_row(truth: DataTruth,  # from `data_truth`
+            place: int,  # number of a row or line in its file
+           ) -> TokenMap:
     "Show one row token by token."
     if place in truth.quarantine: raise DataError(f"this row could not be rendered: {truth.quarantine[place]}", f"{truth.rows.name}, {truth.rows.unit} {place}")
     if place not in truth.rows.places:
@@ -148,7 +165,7 @@ def find_notices(truth: DataTruth) -> list[str]:  # one sentence each
     return told
 
 # %% ../../nbs/data/378_truth.ipynb #refuse
-def refuse_losses(truth: DataTruth,
+def refuse_losses(truth: DataTruth,  # with every row that could be rendered
                   keep: np.ndarray,  # int64 [n], tokens at the beginning that are never cut
                  ) -> None:
     "Refuse answers that are cut, and rows in which nothing is learned."
