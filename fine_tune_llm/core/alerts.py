@@ -42,7 +42,7 @@ def figures(run: Run,  # its events are read anew
 def divergence(run: Run,  # its losses, in windows of 20 steps
                now: float,  # seconds since 1970; not needed here
               ) -> tuple[int, str] | None:  # step and sentence, None for nothing
-    "Tell of a loss that has left where it was."
+    "Tell of a loss that is no number, or whose median of 20 steps is twice its best."
     losses = figures(run, "step", "loss")
     if (failed := run.events("run_failed")) and "loss is" in str(failed[-1].get("error")): return losses[-1][0] if losses else 0, "the loss is no longer a number"
     if len(losses) < 40: return None
@@ -61,7 +61,7 @@ def calibration_drift(run: Run,  # its ECE, at each evaluation
     return (step, f"the calibration error rose from {best:.3f} to {last:.3f}") if last > best + 0.05 else None
 
 def tail(k: int, n: int, p: float) -> float:  # probability
-    "Compute how likely at most k hits of n are, each with probability p."
+    "Compute how likely at most k hits of n are, each with probability p (binomial distribution)."
     log = lambda i: math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
     return min(1.0, math.fsum(math.exp(log(i)) for i in range(k + 1)))
 
@@ -113,7 +113,7 @@ def check_alerts(run: Run,  # of this process or another
 def send(alert: Alert,  # from `check_alerts`
          to: str | Callable[[Alert], Any] | None = None,  # an https address, a function, None for the log
         ) -> bool:  # whether it arrived
-    "Hand over an alert."
+    "Hand over an alert; raise RunError if `to` is a text and no address."
     log = logging.getLogger(__name__)
     if to is None: log.warning("%s", alert)
     elif not isinstance(to, str): to(alert)

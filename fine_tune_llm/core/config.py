@@ -159,7 +159,7 @@ def complaints(error: ValidationError,  # of pydantic, from `Config.model_valida
 def build_config(layers: Sequence[Layer],  # the weakest first
                  where: str = "",  # what to name in an error
                 ) -> Config:
-    "Merge layers and check what comes out."
+    "Merge layers and check what comes out; raise ConfigurationError with a line for each misfit."
     values, origins = merge(layers)
     problems = [f"{redact(key)} looks like a secret ({origins.get(key, where)}); put it into the environment or the keyring"
                 for key, value in leaves(values) if looks_secret(f"{key} {value}")]
@@ -177,7 +177,7 @@ def load_config(path: str | Path,  # a YAML file
                 environ: Mapping[str, str] | None = None,  # that of this process where not given
                 **keywords: Any,  # training__learning_rate=1e-3
                ) -> Config:
-    "Read and check a configuration."
+    "Read and check a configuration; raise ConfigurationError if it cannot be read or does not fit."
     environ = os.environ if environ is None else environ
     files = file_layers(path, env or environ.get("FTLLM_ENV"), migrate)
     return build_config([*files, *variable_layers(environ, list(Config.model_fields)), *change_layers(changes, keywords)], str(path))

@@ -78,7 +78,7 @@ def replay_events(run: Run | str | Path,  # a run or its folder
                   speed: float | None = None,  # 60 makes a minute a second, None leaves no pause
                   sleep: Callable[[float], object] = time.sleep,  # gets the seconds of each pause
                  ) -> Iterator[dict[str, Any]]:  # one event after the other
-    "Give the events of a run again, in their order and rhythm."
+    "Give the events of a run again, in their order and rhythm; raise ConfigurationError for a speed of 0 or less."
     if speed is not None and not speed > 0: raise ConfigurationError(f"speed must be above 0, got {speed}")
     run = run if isinstance(run, Run) else Run.attach(run)
     run.verify()
@@ -91,7 +91,7 @@ def replay_events(run: Run | str | Path,  # a run or its folder
 # %% ../../nbs/core/026_events.ipynb #find
 def find_runs(folder: str | Path,  # of runs, or a run
              ) -> dict[str, Run]:  # by path relative to the folder, in alphabetical order
-    "Find the runs in a folder."
+    "Find the runs in a folder; raise RunError if there is none."
     folder = Path(folder)
     if (folder / "events.jsonl").is_file(): return {folder.name: Run.attach(folder)}
     found = {p.parent.relative_to(folder).as_posix(): Run.attach(p.parent) for p in sorted(folder.rglob("events.jsonl"))}
@@ -164,7 +164,7 @@ def summary_rows(name: str,  # of the run
 def summarize_runs(runs: str | Path | Mapping[str, Any] | Sequence[Any],  # a folder of runs, or runs and their folders, by name or in order
                    per: str = "run",  # "run", "run and day" or "day": what a row stands for
                   ) -> Any:  # pandas DataFrame with the columns COLUMNS, or those that can be added up over runs
-    "Sum runs up in one small table."
+    "Sum runs up in one small table; raise ConfigurationError for an unknown `per` or a name that occurs twice."
     import pandas as pd
     if per not in PER: raise ConfigurationError(f"no table per {per!r}", fix=f"pass one of {', '.join(map(repr, PER))}")
     if isinstance(runs, (str, Path)): runs = find_runs(runs)

@@ -17,7 +17,7 @@ from .errors import ConfigurationError
 # %% ../../nbs/core/030_labels.ipynb #labels
 @dataclass(frozen=True)
 class Labels:
-    "Name the classes of a task, in the order of their columns."
+    "Name the classes of a task, in the order of their columns; raise ConfigurationError for fewer than two."
     names: tuple[str, ...]  # distinct, at least two
     harm: tuple[tuple[str, float], ...] = ()  # (class, weight of any mistake on it), 1 where not given
     critical: tuple[tuple[str, str, float], ...] = ()  # (true class, answer, cost of that mistake)
@@ -39,7 +39,7 @@ class Labels:
 def label_index(labels: Labels,  # K names, in the order of the columns
                 values: Iterable[str],  # names, each one of `labels`
                ) -> list[int]:  # column numbers, counted from 0
-    "Number each name by its column."
+    "Number each name by its column; raise ConfigurationError at the first that is no class."
     where = {name: i for i, name in enumerate(labels.names)}
     values = list(values)
     for row, value in enumerate(values):
@@ -56,7 +56,7 @@ def cost_matrix(labels: Labels) -> list[list[float]]:  # K rows (true class) of 
 # %% ../../nbs/core/030_labels.ipynb #load
 def load_labels(path: str | Path,  # with names:, and perhaps harm:, critical:, description:
                ) -> Labels:
-    "Read labels and their weights from a YAML file."
+    "Read labels and their weights from a YAML file; raise ConfigurationError if it holds anything else."
     try: raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as e: raise ConfigurationError(f"cannot read labels: {e}", where=str(path)) from None
     if not isinstance(raw, Mapping) or "names" not in raw or set(raw) - {"names", "harm", "critical", "description"}:

@@ -78,7 +78,7 @@ def walk(node: Any,  # a node of yaml's tree
 def parse_yaml(text: str,  # the content of a file, or a value from the command line
                where: str,  # what to name in an error
               ) -> tuple[Any, dict[str, int]]:  # values, and the line of each dotted key
-    "Read YAML 1.2; all that is wrong with it comes in one error."
+    "Read YAML 1.2; all that is wrong with it comes in one ConfigurationError."
     lines: dict[str, int] = {}
     problems: list[str] = []
     try:
@@ -129,7 +129,7 @@ def rebase_all(values: dict[str, Any],  # nested by section; the sections that h
 def read_layer(path: Path,  # a YAML file
                prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict,  # gets the values as they stand
               ) -> tuple[Layer, list[str]]:  # the layer, and what it extends
-    "Read one file."
+    "Read one file; raise ConfigurationError if it holds no settings."
     try:
         raw = path.read_bytes()
         if len(raw) > 10**6: raise ConfigurationError(f"{len(raw)} bytes are too many for a configuration", where=str(path))
@@ -148,7 +148,7 @@ def chain_layers(path: Path,  # a YAML file
                  prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict,  # gets the values of each file
                  below: Sequence[Path] = (),  # the files that led here
                 ) -> Iterator[Layer]:  # what it extends, then itself
-    "Read a file and what it extends, the weakest first."
+    "Read a file and what it extends, the weakest first; raise ConfigurationError for a circle."
     path = Path(os.path.abspath(path))
     if path in below:
         raise ConfigurationError(f"extends itself: {' -> '.join(p.name for p in (*below[below.index(path):], path))}", where=str(path), fix="let one of them extend nothing")
@@ -164,7 +164,7 @@ def file_layers(path: str | Path,  # a YAML file
                 env: str | None = None,  # name of the environment, such as "prod"
                 prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict,  # gets the values of each file
                ) -> list[Layer]:  # the weakest first
-    "Read a file, what it extends, and the file of the environment."
+    "Read a file, what it extends, and the file of the environment; raise ConfigurationError if one is not there."
     path = Path(path)
     found = list(chain_layers(path, prepare))
     if not env: return found
@@ -177,7 +177,7 @@ def file_layers(path: str | Path,  # a YAML file
 def nest(keys: Sequence[str],  # the dotted key, split: ["training", "seed"]; 1 to 50
          value: Any,  # of the setting
         ) -> dict[str, Any]:
-    "Put a value below a row of keys."
+    "Put a value below a row of keys; raise ConfigurationError for more than 50."
     if len(keys) > 50: raise ConfigurationError(f"{len(keys)} names in a row name no setting", where=redact(".".join(keys[:3])) + "...", fix="write section.name=value")
     return {keys[0]: nest(keys[1:], value) if len(keys) > 1 else value}
 
@@ -195,7 +195,7 @@ def variable_layers(environ: Mapping[str, str],  # the environment
 def change_layers(changes: Sequence[str] = (),  # "training.learning_rate=1e-3"
                   keywords: Mapping[str, Any] | None = None,  # training__learning_rate=1e-3, as Python allows no dot
                  ) -> list[Layer]:
-    "Read settings from the command line and from keywords."
+    "Read settings from the command line and from keywords; raise ConfigurationError where no = stands."
     for text in changes:
         if not re.match(r"[^=\s]+=", text): raise ConfigurationError(f"{redact(text)!r} changes nothing", where="command line", fix="write section.name=value, such as training.epochs=5")
     split = [text.split("=", 1) for text in changes]

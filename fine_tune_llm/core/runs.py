@@ -42,7 +42,7 @@ def plain(value: Any,  # number, text, array, tensor, path, or a nest of them
 def seal(record: Mapping[str, Any],  # what happened, already plain
          prev: str,  # hash of the line before, "" for the first
         ) -> str:  # the line, without its end
-    "Write a record as a line that carries the hash of the line before it, and its own."
+    "Write a record as a line that carries the hash of the line before it, and its own (SHA-256)."
     body = json.dumps({**record, "prev": prev}, ensure_ascii=False, separators=(",", ":"))
     return f'{body[:-1]},"hash":"{sha256(body.encode()).hexdigest()}"}}'
 
@@ -55,12 +55,12 @@ class Tail:
         self.path, self.offset, self.torn, self.seen = path, 0, 0, []  # type: Path, int, int, list[dict[str, Any]]
 
     def read(self) -> list[dict[str, Any]]:  # everything so far, the oldest first
-        "Take up new lines, and give a list of all."
+        "Take up new lines, and give a list of all; raise RunError for a line that is no JSON."
         self.follow()
         return list(self.seen)
 
     def follow(self) -> None:
-        "Take up new lines."
+        "Take up new lines; raise RunError for one that is no JSON."
         with LOCK:
             if not self.path.exists() or self.path.stat().st_size == self.offset: return
             with open(self.path, "rb") as f:
@@ -88,7 +88,7 @@ class Chain:
 def check_chain(path: Path,  # an events file
                 head: str = "",  # a hash that must occur in it, kept elsewhere
                ) -> Chain:
-    "Recompute every hash and name the first line that does not fit."
+    "Recompute every hash; raise RunError that names the first line that does not fit."
     *lines, rest = path.read_bytes().split(b"\n")
     hashes = [""]
     for i, line in enumerate(lines, 1):
@@ -177,7 +177,7 @@ def write_atomic(path: Path,  # where the file shall stand; its folder is made i
 def inside(folder: Path,  # what must not be left
            name: str,  # relative path
           ) -> Path:
-    "Resolve a name that must stay in a folder."
+    "Resolve a name that must stay in a folder; raise RunError if it leads out."
     path = (folder / name).resolve()
     if folder.resolve() not in path.parents:
         raise RunError(f"{name!r} leads out of the run folder", where=str(folder), fix="give a path below it")
@@ -264,7 +264,7 @@ class Run:
 def append(tail: Tail,  # the file, read to its end
            line: str,  # one JSON object, without a line end
           ) -> None:
-    "Add a line at the end, and hand it to the system at once."
+    "Add a line at the end, and hand it to the system at once; raise OSError where the disk is full."
     if tail.torn:
         os.truncate(tail.path, tail.offset)
         tail.torn = 0
@@ -291,7 +291,7 @@ def log_event(tail: Tail,  # the events of a run
               event: str,  # what happened, such as "step"
               values: Mapping[str, Any],  # its numbers and words
              ) -> None:
-    "Add an event to a run."
+    "Add an event to a run; raise RunError if a value takes a name of the chain's own."
     if taken := {"event", "time", "prev", "hash"} & set(values):
         raise RunError(f"an event may not carry {', '.join(sorted(taken))}", where=event, fix="name the value otherwise")
     with LOCK:
@@ -347,7 +347,7 @@ def wait_for_answer(run: Run,  # with a trainer at work
 
 def open_panel(run: Run,  # of this process or another
               ) -> Any:  # a widget
-    "Open the live view of a run in a notebook."
+    "Open the live view of a run in a notebook; raise RunError if none is installed."
     found = list(entry_points(group="fine_tune_llm.panels", name="run"))
     if not found:
         raise RunError("no panel is registered for runs", where="entry points fine_tune_llm.panels",

@@ -34,7 +34,7 @@ def versions(run: str | Path,  # a run folder
 
 def content(version: Version,  # from `versions`
            ) -> bytes:  # of the YAML file, as it was kept
-    "Read a version, and check that it is still what its name says."
+    "Read a version; raise RunError if it is no longer what its name says."
     raw = version.path.read_bytes()
     if sha256(raw).hexdigest()[:16] != version.hash: raise RunError(f"version {version.number} of the configuration was altered", where=str(version.path), fix="restore the file from a copy of the run folder")
     return raw
@@ -42,7 +42,7 @@ def content(version: Version,  # from `versions`
 # %% ../../nbs/core/022_versions.ipynb #keep
 def keep_version(run: str | Path,  # a run folder with a config.yaml
                 ) -> Version:  # the new one, or the newest if nothing has changed
-    "Keep the present configuration of a run."
+    "Keep the present configuration of a run; raise RunError if it has none."
     file, kept = Path(run) / "config.yaml", versions(run)
     try: raw = file.read_bytes()
     except OSError as e: raise RunError(f"no configuration: {e.strerror}", where=str(file), fix="name a run folder") from None
@@ -69,7 +69,7 @@ def replace_bytes(path: Path,  # where the file shall stand; its folder must be 
 def rollback(run: str | Path,  # a run folder
              to: str | int,  # number, or at least four digits of the hash
             ) -> Version:  # the new version, with the content of the old one
-    "Go back to an earlier configuration, to the letter."
+    "Go back to an earlier configuration, to the letter; raise RunError if none or several go by that name."
     keep_version(run)
     kept, name = versions(run), str(to)
     found = {v.hash: v for v in kept if name == str(v.number) or (len(name) >= 4 and v.hash.startswith(name))}
