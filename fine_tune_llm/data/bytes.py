@@ -32,7 +32,7 @@ def kind(head: bytes) -> str:  # a value of `MAGIC`, or "" for what may be text
 def member(archive: zipfile.ZipFile,  # open for reading
            name: str,  # of the archive, for messages
           ) -> Any:  # binary stream of the only file inside
-    "Open the only file of a zip archive."
+    "Open the only file of a zip archive; raise DataError if there are several or none."
     inside = [i for i in archive.infolist() if not i.is_dir() and not i.filename.startswith("__MACOSX/")]
     if any(i.filename == "[Content_Types].xml" for i in inside):
         raise DataError("this is a spreadsheet or a document of Office", name, "save it as CSV")
@@ -45,7 +45,7 @@ def member(archive: zipfile.ZipFile,  # open for reading
 def unpacked(handle: Any,  # binary stream that can seek, at its start
              name: str,  # of the file, for messages
             ) -> tuple[Any, str]:  # binary stream of the content, what it was packed with or ""
-    "Undo gzip, zstd or zip, whatever the name says."
+    "Undo gzip, zstd or zip, whatever the name says; raise DataError for a zip archive of several files."
     head = handle.read(16)
     handle.seek(0)
     packed = kind(head)
@@ -64,7 +64,7 @@ def chunks(path: Path,  # of a file, packed or not
            progress: Any = None,  # called with the bytes of the file read since the last call
            size: int = CHUNK,  # bytes of content to read at a time
           ) -> Iterator[bytes]:  # never empty
-    "Read the unpacked content of a file."
+    "Read the unpacked content of a file; raise DataError if it cannot be read or is damaged."
     packed = ""
     try:
         with path.open("rb") as handle:
@@ -89,7 +89,7 @@ def translate(pieces: Iterable[bytes],  # of a file in `encoding`, cut anywhere
               encoding: str,  # name that Python knows
               name: str,  # of the file, for messages
              ) -> Iterator[bytes]:  # UTF-8
-    "Translate text to UTF-8, piece by piece."
+    "Translate text to UTF-8, piece by piece; raise DataError at a byte that does not fit."
     try: "".encode(encoding)
     except LookupError: raise DataError(f"unknown encoding {encoding!r}", name, "e.g. utf-8, cp1252, utf-16, shift_jis") from None
     decoder, done = codecs.getincrementaldecoder(encoding)("strict"), 0
@@ -107,7 +107,7 @@ def utf8(pieces: Iterable[bytes],  # of a file, cut anywhere
          name: str,  # of the file, for messages
          encoding: str | None = None,  # None: UTF-8, or what the byte-order mark says
         ) -> Iterator[bytes]:  # UTF-8 without a mark, as far as the file is what it says
-    "Take off the byte-order mark and translate to UTF-8 what is marked or said to be something else."
+    "Take off the byte-order mark, and translate to UTF-8 what is something else; raise DataError where it is not."
     head, rest = b"", iter(pieces)
     while len(head) < 4 and (piece := next(rest, b"")): head += piece
     mark, marked = next(((m, e) for m, e in BOMS if head.startswith(m)), (b"", ""))
@@ -166,7 +166,7 @@ LONGEST = 64 * 2**20  # bytes that one row may have
 def blocks(pieces: Iterable[bytes],  # of a file, cut anywhere
            name: str,  # of the file, for messages
           ) -> Iterator[bytes]:  # each of whole lines
-    "Cut a stream after ends of lines."
+    "Cut a stream after ends of lines; raise DataError for a line of more than LONGEST bytes."
     carry = b""
     for piece in pieces:
         carry += piece

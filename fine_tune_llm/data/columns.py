@@ -103,7 +103,7 @@ def detect(rows: Rows,  # from `read_rows`; their names count, and which columns
            given: Mapping[str, Any] | None = None,  # role -> column, where known
            leave: Sequence[str] = (),  # columns that serve something else
           ) -> Columns:
-    "Find the form of rows and the column of each role, or list what is in doubt."
+    "Find the form of rows and the column of each role; raise DataError with what is in doubt, ConfigurationError for an unknown form."
     given = {r: c for r, c in (given or {}).items() if c is not None}
     if form not in (None, *FORMS): raise ConfigurationError(f"form={form!r}", fix=f"use one of {', '.join(FORMS)}")
     fits = {f: m for f in ([form] if form else FORMS) if (m := match(rows, f, given, leave)) and set(given) <= set(FORMS[f][0] + FORMS[f][1])}
@@ -129,7 +129,7 @@ def settle_roles(rows: Rows,  # from `read_rows`; for its name, and what stands 
                  found: Mapping[str, list[Any]],  # role -> candidates, from `match`
                  given: Mapping[str, Any],  # role -> column, where known
                 ) -> Columns:
-    "Take the only candidate of each role, or refuse."
+    "Take the only candidate of each role; raise DataError if there are several."
     for role, several in found.items():
         if len(several) > 1 and not (role == "messages" and apart(rows, several)):  # two spellings of a conversation, in different rows
             raise DataError(f"{len(several)} columns may be the {role}: {', '.join(str(c) for c in several)}", rows.name, f"say which, e.g. {role}={several[0]!r}")
@@ -137,7 +137,7 @@ def settle_roles(rows: Rows,  # from `read_rows`; for its name, and what stands 
 
 # %% ../../nbs/data/320_columns.ipynb #template
 def template_columns(template: str) -> list[str]:  # empty if this is a plain column name
-    "List the columns that a template names."
+    "List the columns that a template names; raise ConfigurationError for anything else in braces."
     try: parts = list(Formatter().parse(template))
     except ValueError: return []
     for _, name, spec, conversion in parts:

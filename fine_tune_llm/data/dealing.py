@@ -51,7 +51,7 @@ def stratified(u: np.ndarray,  # a draw per unit
                stratum: np.ndarray,  # class per unit
                seed: int,  # another seed, another turn of each class
               ) -> np.ndarray:  # a number in [0, 1) per unit, evenly spread in each class
-    "Spread the units of each class evenly over the unit interval, in the order of their draws."
+    "Spread the units of each class evenly over the unit interval, in the order of their draws (systematic sampling)."
     frame = pd.DataFrame({"u": u, "n": n, "stratum": stratum}).sort_values(["stratum", "u"], kind="stable")
     by = frame.groupby("stratum")["n"]
     turn = frame["stratum"].map({s: draw([f"stratum {s}"], seed)[0] for s in frame["stratum"].unique()}).astype(float)
@@ -61,7 +61,7 @@ def stratified(u: np.ndarray,  # a draw per unit
 # %% ../../nbs/data/312_dealing.ipynb #moments
 def moments(times: Sequence[Any],  # numbers, dates, or texts that pandas reads as dates
            ) -> np.ndarray:  # float, in order of time
-    "Turn times into numbers, or name the rows that have none."
+    "Turn times into numbers; raise DataError that names the rows that have none."
     values = pd.Series(list(times), dtype=object)
     numbers = pd.to_numeric(values, errors="coerce")
     if numbers.isna().any():
@@ -95,7 +95,7 @@ def fix_given(given: Sequence[str],  # a key of RANK per row
               unit: np.ndarray,  # unit number per row
               groups: Sequence[Any] | None = None,  # group per row
              ) -> tuple[np.ndarray, np.ndarray]:  # (a key of RANK per unit, True per row that is to be set aside)
-    "Place units as their rows say, in the split that needs them most."
+    "Place units as their rows say, in the split that needs them most; raise DataError for a group in two."
     strange = [g for g in given if g not in RANK]
     if strange: raise DataError(f"{strange[0]!r} is no split", fix=f"use {', '.join(list(RANK)[1:])}")
     names, rank = np.array(list(RANK), object), np.array([RANK[g] for g in given])
@@ -167,7 +167,7 @@ def check_sizes(sizes: Sequence[float],  # shares of train, validation, calibrat
                 timed: bool,  # rows have times, so a fifth share makes sense
                 fixed: bool,  # given= and ledger= are both there
                ) -> None:
-    "Refuse shares that mean nothing."
+    "Raise ConfigurationError for shares that mean nothing."
     assign([], 0, tuple(sizes)[:4])  # refuses what are no four shares
     if len(sizes) == 5 and not timed or len(sizes) > 5 or min(sizes) < 0:
         raise ConfigurationError(f"a fifth share, {tuple(sizes)[4:]}, is for the latest rows", fix="pass times=, or mark rows as 'shift' in given=")
@@ -199,7 +199,7 @@ def split_data(texts: Sequence[str],  # n texts, as written
                near: float | None = 0.8,  # likeness from which texts stay together; None for copies alone
                stratify: bool = False,  # True for the same share of each class in each split
               ) -> Deal:
-    "Deal rows to disjoint splits, keeping together what belongs together."
+    "Deal rows to disjoint splits, keeping together what belongs together; raise ConfigurationError or DataError for what cannot be."
     check_sizes(sizes, times is not None, given is not None and ledger is not None)
     if stratify and (labels is None or times is not None):
         raise ConfigurationError("stratify needs labels and no times", fix="pass labels=, and drop times= or stratify=")

@@ -179,7 +179,7 @@ def read_header(block: bytes,  # UTF-8, from the beginning of the file
                 cursor: Cursor,  # is moved forward
                 last: bool,  # nothing follows
                ) -> int:  # bytes that the header took; 0 if it is not complete
-    "Read the names of the columns."
+    "Read the names of the columns; raise DataError if they are no text."
     short = block[:block.rfind(b"\n", 0, 2**16) + 1]  # most headers end here
     if short and len(short) < len(block) and (used := read_header(short, cursor, False)): return used
     lines = whole_lines(block, last)

@@ -32,7 +32,7 @@ from .splits import Data
 LIBRARIES = ("matplotlib", "numpy", "pandas", "scipy", "sklearn", "stdlib", "torch", "transformers")
 
 def root(library: str) -> Path:  # folder of the package
-    "Find the source of an installed library without importing it."
+    "Find the source of an installed library without importing it; raise DataError if it is not there."
     if library == "stdlib": return Path(sysconfig.get_paths()["stdlib"])
     spec = importlib.util.find_spec(library)
     if spec is None or not spec.origin: raise DataError(f"library {library!r} is not installed", fix="install it, or leave it out of libraries=")

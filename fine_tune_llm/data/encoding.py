@@ -26,7 +26,7 @@ from .templates import Rendering
 # %% ../../nbs/data/374_encoding.ipynb #affixes
 def affixes(tokenizer: Any,  # of transformers, or alike
            ) -> tuple[list[int], list[int]]:  # token ids before and behind every text
-    "Find the special tokens that a tokenizer puts around a text."
+    "Find the special tokens that a tokenizer puts around a text; raise ConfigurationError if it knows no letter."
     bare, full = (list(tokenizer("a", add_special_tokens=add)["input_ids"]) for add in (False, True))
     place = next((k for k in range(len(full) - len(bare) + 1) if full[k:k + len(bare)] == bare), None)
     if not bare or place is None:

@@ -45,7 +45,7 @@ class How:
 # %% ../../nbs/data/305_files.ipynb #check-how
 def check_how(how: How,  # as a caller gave it
              ) -> How:  # the same
-    "Refuse settings that mean nothing."
+    "Raise ConfigurationError for settings that mean nothing."
     if how.on_bad_row not in POLICIES: raise ConfigurationError(f"on_bad_row={how.on_bad_row!r}", fix=f"use one of {', '.join(POLICIES)}")
     if how.format not in (None, *FORMATS): raise ConfigurationError(f"format={how.format!r}", fix=f"use one of {', '.join(FORMATS)}")
     if how.delimiter is not None and (len(how.delimiter) != 1 or how.delimiter in '"\r\n'):
@@ -89,7 +89,7 @@ def json_kind(text: str,  # begins with a brace or a bracket
 def text_kind(head: bytes,  # beginning of the content, UTF-8
               path: Path,  # its name decides where the content does not
              ) -> str:  # "csv", "tsv", "jsonl", "array", "object" or "txt"
-    "Name the format of a text."
+    "Name the format of a text; raise DataError where it cannot be told."
     text, named = head.decode("utf-8", "replace").lstrip(BLANK), ending(path)
     if text[:1] in ("{", "["): return json_kind(text, named if path.suffix.lower() != ".json" else "")
     if named == "jsonl" and text[:1] not in ('"', "") and is_table(text): return "csv"
@@ -116,7 +116,7 @@ def binary_parts(path: Path,  # of the file or the archive around it
                  found: str,  # "parquet", "arrow" or "arrow stream"
                  packed: bool,  # is inside an archive
                 ) -> Iterator[Part]:
-    "Read a Parquet or Arrow file, batch by batch."
+    "Read a Parquet or Arrow file, batch by batch; raise DataError if it is broken."
     from pyarrow import parquet
     source, place = pa.BufferReader(b"".join(chunks(path))) if packed else pa.memory_map(str(path)), 1
     try:
@@ -171,7 +171,7 @@ def open_file(path: Path,  # of a file, packed or not
               how: How,  # what the caller says about it
               notes: list[str],  # is filled with what was inferred
              ) -> tuple[str, Iterator[Part]]:  # format, parts
-    "Recognise a file and start reading it."
+    "Recognise a file and start reading it; raise DataError if it is empty or of no known format."
     raw = next(chunks(path, size=2**12), b"")
     packed = kind(head_of(path))
     found = how.format if how.format in ("parquet", "arrow") else kind(raw)
@@ -219,7 +219,7 @@ def split_of(path: Path) -> str:  # "train", "test", ... or "" if the name says 
 
 # %% ../../nbs/data/305_files.ipynb #files-of
 def files_of(source: str | Path) -> list[Path]:  # at least one
-    "List the files that a path, a folder or a pattern stands for."
+    "List the files that a path, a folder or a pattern stands for; raise DataError for none, or several splits."
     path = Path(source)
     if path.is_dir(): found = sorted(p for p in path.rglob("*") if p.is_file() and ending(p) and p.name not in ASIDE
                                      and not any(part.startswith(".") for part in p.relative_to(path).parts))
@@ -236,7 +236,7 @@ def parts_of(paths: Sequence[Path],  # at least one
              notes: list[str],  # is filled with what was inferred
              units: list[str],  # is filled with what the places of each file count
             ) -> Iterator[tuple[int, Part]]:  # with the index of the file
-    "Read files one after the other."
+    "Read files one after the other; raise DataError if their columns differ."
     first: list[str] | None = None
     for i, path in enumerate(paths):
         found, parts = open_file(path, how, notes)
@@ -254,7 +254,7 @@ def read_files(paths: Sequence[Path],  # at least one, with the same columns
                how: How,  # what the caller says about all of them
                name: str = "",  # of the source, for messages; "" for that of the file
               ) -> Rows:
-    "Read one or several files."
+    "Read one or several files; raise DataError that names the rows that cannot be used."
     notes: list[str] = []
     units: list[str] = []
     name = name or paths[0].name
@@ -272,7 +272,7 @@ def read_files(paths: Sequence[Path],  # at least one, with the same columns
 # %% ../../nbs/data/305_files.ipynb #check-single
 def check_single(rows: Rows,  # of a file .json in which one row was found
                 ) -> None:
-    "Refuse one object that holds lists under the name of a file of rows."
+    "Raise DataError for one object that holds lists under the name of a file of rows."
     inside = lists({n: decoded(rows.table.field(n), c)[0] for n, c in zip(rows.table.column_names, rows.table.columns)}) if len(rows) else {}
     if inside:
         shown = ", ".join(f"{p} ({n})" for p, n in list(inside.items())[:8])
@@ -284,7 +284,7 @@ def from_hub(name: str,  # "user/name", or "user/name:part"
              streaming: bool = False,  # fetch rows as they are read
              limit: int | None = None,  # rows to take at most
             ) -> Rows:
-    "Load a dataset of the Hugging Face hub by name."
+    "Load a dataset of the Hugging Face hub by name; raise DataError if there is none."
     import datasets
     repo, _, part = name.partition(":")
     try:
@@ -318,7 +318,7 @@ def read_rows(source: Any,  # path, pattern, folder, list of paths, hub name, li
               limit: int | None = None,  # for a hub name: rows to take at most
               **how: Any,  # fields of `How`: format, encoding, on_bad_row, delimiter, names, field, progress
              ) -> Rows:
-    "Read rows from wherever they are."
+    "Read rows from wherever they are; raise DataError for those that cannot be used, ConfigurationError for an unknown setting."
     unknown = sorted(set(how) - set(How.__dataclass_fields__))
     if unknown: raise ConfigurationError(f"unknown setting {unknown[0]!r}", fix=f"use one of {', '.join(How.__dataclass_fields__)}")
     settings = check_how(How(**how))

@@ -22,13 +22,13 @@ from .splits import Data, Split
 # %% ../../nbs/data/350_findings.ipynb #private
 def luhn(number: str,  # with blanks or dashes between the digits, or not
         ) -> bool:
-    "Check the last digit of a card number."
+    "Check the last digit of a card number (ISO/IEC 7812-1, annex B)."
     digits = [int(c) for c in reversed(number) if c.isdecimal()]
     return sum(d if i % 2 == 0 else sum(divmod(2 * d, 10)) for i, d in enumerate(digits)) % 10 == 0
 
 def iban(number: str,  # two letters, two digits, then letters and digits; blanks are passed over
         ) -> bool:
-    "Check the remainder of an account number."
+    "Check the remainder of an account number (ISO 13616: modulo 97)."
     plain = number.replace(" ", "")
     return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
 
@@ -144,7 +144,7 @@ def role(name: str | None,  # asked for; None to look for a usual one
          source: str,  # for messages
          needed: bool,  # True to refuse where there is none
         ) -> str | None:
-    "Choose the column of a role."
+    "Choose the column of a role; raise DataError if it is not there, or twice."
     name = name or next((u for u in usual if u in found), None)
     if name is not None and found.count(name) == 1: return name
     if name is None and not needed: return None
@@ -162,7 +162,7 @@ def from_source(source: Any, name: str,  # path, DataFrame, list of dicts...; na
                 text: str | None, label: str | None, answer: str | None,  # columns; None to look for a usual name
                 groups: Sequence[str], split: str | None,  # columns
                ) -> Table:
-    "Take the columns of a source."
+    "Take the columns of a source; raise DataError if one is not there."
     rows = read_rows(source)
     found = [str(c) for c in rows.frame.columns]
     def values(column: str | None) -> list[Any]: return [] if column is None else [flat(v) for v in rows.frame[column].tolist()]
@@ -201,7 +201,7 @@ def faults(values: Sequence[Any],  # texts, as read
 # %% ../../nbs/data/350_findings.ipynb #join
 def joined(tables: Sequence[Table],  # at least one; all with the same roles and groups
           ) -> Table:
-    "Put tables below each other."
+    "Put tables below each other; raise DataError if they do not have the same columns."
     first = tables[0]
     for t in tables[1:]:
         if (t.labels is None, t.answers is None, set(t.groups)) != (first.labels is None, first.answers is None, set(first.groups)):
@@ -218,7 +218,7 @@ def table_of(data: Any,  # Data, Split, a mapping of names to sources, or one so
              groups: Sequence[str] = (), split: str | None = None,  # columns
              examples: int = 3,  # rows that a finding quotes
             ) -> Table:
-    "Take the columns of anything that holds rows."
+    "Take the columns of anything that holds rows; raise DataError if one is not there, ConfigurationError for groups as one text."
     if isinstance(groups, str): raise ConfigurationError(f"groups must be a list of columns, got {groups!r}", fix=f"pass groups=[{groups!r}]")
     if isinstance(data, (Data, Split)): tables = [from_split(p) for p in (data.parts if isinstance(data, Data) else (data,))]
     elif isinstance(data, Mapping): tables = [from_source(s, str(k), text, label, answer, groups, split) for k, s in data.items()]

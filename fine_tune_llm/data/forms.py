@@ -162,7 +162,7 @@ def convert(rows: Rows,  # from `read_rows`
             columns: Columns,  # their form and roles, from `detect`
             on_bad_row: str = "refuse",  # or "quarantine"
            ) -> Rows:  # with the columns of the form
-    "Read each row in its form."
+    "Read each row in its form; raise DataError that names the rows that have another."
     if columns.form == "chat": read = read_chat(rows, columns)
     else:
         reader, roles = READERS[columns.form]
@@ -184,7 +184,7 @@ def load_rows(source: Any,  # anything that `read_rows` takes
               on_bad_row: str = "refuse",  # or "quarantine"
               **how: Any,  # further settings of `read_rows`
              ) -> Rows:  # with the columns of the form
-    "Read rows of any form, for a training task."
+    "Read rows of any form, for a training task; raise DataError for columns in doubt, and rows that cannot be used."
     rows, given = read_rows(source, on_bad_row=on_bad_row, **how), dict(columns or {})
     for role, name in given.items():
         if isinstance(name, str): rows, given[role] = joined_column(rows, name)

@@ -26,27 +26,27 @@ from .tables import Part, as_table
 # %% ../../nbs/data/304_jsonlines.ipynb #parse
 def once(pairs: list[tuple[str, Any]],  # the keys and values of one object, in order
         ) -> dict[str, Any]:
-    "Make an object of pairs in which no key occurs twice."
+    "Make an object of pairs; raise ValueError if a key occurs twice."
     if len(made := dict(pairs)) < len(pairs): raise ValueError("a key occurs twice")
     return made
 
 # %% ../../nbs/data/304_jsonlines.ipynb #whole
 def whole(digits: str,  # as JSON writes them, with a sign or not
          ) -> int:
-    "Read a whole number that a double can come near."
+    "Read a whole number; raise ValueError for one that no double comes near."
     if len(digits) > 309: raise ValueError("a number beyond a double")
     return int(digits)
 
 # %% ../../nbs/data/304_jsonlines.ipynb #decimal
 def decimal(digits: str,  # as JSON writes them, with point or exponent
            ) -> float:
-    "Read a decimal that a double can hold."
+    "Read a decimal; raise ValueError for one that no double can hold."
     if abs(number := float(digits)) == float("inf"): raise ValueError("a number beyond a double")
     return number
 
 # %% ../../nbs/data/304_jsonlines.ipynb #constant
 def constant(name: str) -> None:  # NaN is a missing value
-    "Read what JSON does not have."
+    "Read what JSON does not have; raise ValueError for Infinity."
     if name != "NaN": raise ValueError("a number beyond a double")
 
 # %% ../../nbs/data/304_jsonlines.ipynb #decode
@@ -158,7 +158,7 @@ def line_parts(pieces: Iterable[bytes],  # UTF-8, as far as the file is what it 
 def items(texts: Iterable[str],  # pieces of the file
           name: str,  # of the file, for messages
          ) -> Iterator[tuple[Any, str]]:  # value, and what is wrong with it or ""
-    "Take the items of a JSON array one by one."
+    "Take the items of a JSON array one by one; raise DataError that names the first that is broken."
     text, at, n, after = "", 0, 0, False
     for piece in chain(texts, [""]):
         text, at = text[at:] + piece, 0
@@ -215,7 +215,7 @@ def take_item(text: str, at: int,  # of the array, as far as it was read, and wh
               after: bool,  # an item went before
               name: str, n: int,  # of the file, and items taken so far, for the message
              ) -> tuple[Any, str, int, bool] | None:  # as `next_item`
-    "Take one item, and say which one is nested too deeply."
+    "Take one item; raise DataError for one that is nested too deeply."
     try: return next_item(text, at, after)
     except RecursionError: raise DataError("nested too deeply", f"{name}, item {n + 1}", "write one object a line") from None
 
@@ -246,7 +246,7 @@ def array_parts(pieces: Iterable[bytes],  # UTF-8
 def decoded_pieces(pieces: Iterable[bytes],  # UTF-8, cut anywhere
                    name: str,  # of the file, for messages
                   ) -> Iterator[str]:
-    "Decode UTF-8 piece by piece, or name the byte that does not fit."
+    "Decode UTF-8 piece by piece; raise DataError that names the byte that does not fit."
     from codecs import getincrementaldecoder
     decoder, done = getincrementaldecoder("utf-8")("strict"), 0
     for piece in chain(pieces, [b""]):
@@ -273,7 +273,7 @@ def deep_part(pieces: Iterable[bytes],  # UTF-8
               field: str | None = None,  # path to the list of rows, e.g. "data.train"
               names: Sequence[str] = (),  # of the columns, where rows are lists
              ) -> Part:
-    "Read a list of rows inside one JSON object, all of it in memory."
+    "Read a list of rows inside one JSON object, all of it in memory; raise DataError if there is none."
     value, why = parse("".join(decoded_pieces(pieces, name)).strip(BLANK))
     if why: raise DataError(f"no readable JSON: {why}", name, "mend the file")
     found = value

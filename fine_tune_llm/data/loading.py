@@ -34,7 +34,7 @@ def sourced(source: Any,  # anything that `read_rows` takes
             leave: Sequence[str],  # columns that serve something else
             how: Mapping[str, Any],  # settings of `read_rows`
            ) -> tuple[Rows, str, str]:  # rows, and the columns of text and label
-    "Read rows and find their columns."
+    "Read rows and find their columns; raise DataError for columns in doubt."
     rows = read_rows(source, **how)
     if text is None or label is None:
         given = {"text": text if isinstance(text, (str, type(None))) else "\n".join(f"{{{c}}}" for c in text), "label": label}
@@ -56,7 +56,7 @@ def fields(rows: Rows,  # from `sourced`
            side: str = "",  # side of every row where `split` is None
            **more: str | None,  # further columns to take, by the name they get: together, time
           ) -> pd.DataFrame:  # columns text, label, id, side, source, those of `more` and one "group:..." per group
-    "Take the columns that matter, checked, as text."
+    "Take the columns that matter, as text; raise DataError that names the rows that cannot be used."
     texts, names = usable(rows, {text: (str,), label: LABEL})
     sides = usable(rows, {split: (str,)})[0] if split else [side] * len(rows)
     strange = [i for i, s in enumerate(sides) if s not in (*SPLITS, "shift", "held-out", side)]
@@ -93,7 +93,7 @@ def label_set(names: Sequence[str],  # a label per row
               labels: Labels | Sequence[str] | None,  # the classes, if they are known beforehand
               source: str = "",  # of the rows, for messages
              ) -> Labels:
-    "Find the classes, or check that those given are all there are."
+    "Find the classes, or check that those given are all there are; raise DataError for one class or two spellings."
     if labels is not None:
         labels = labels if isinstance(labels, Labels) else Labels(tuple(labels))
         label_index(labels, sorted(set(names)))
@@ -138,7 +138,7 @@ def reading_notes(rows: Rows) -> list[str]:  # one sentence each
 # %% ../../nbs/data/325_loading.ipynb #check
 def check_sides(frame: pd.DataFrame,  # rows with a final side
                 labels: Labels, wanted: Sequence[str]) -> None:  # names of splits that must hold rows
-    "Refuse a class that train lacks, and an empty split."
+    "Raise DataError for a class that train lacks, and for an empty split."
     lacking = [n for n in labels if n not in set(frame["label"][frame["side"] == "train"])]
     if lacking:
         raise DataError(f"{len(lacking)} of {len(labels)} classes have no row in train: {some(lacking, 8)}", frame["source"].iloc[0],
@@ -176,7 +176,7 @@ def load_data(source: Any,  # anything that `read_rows` takes: path, pattern, fo
               on_bad_row: str = "refuse",  # or "quarantine": go on without the rows that cannot be used
               **how: Any,  # further settings of `read_rows`: format, encoding, delimiter, names, field, progress
              ) -> Data:
-    "Read rows, check them, and place them in four disjoint splits."
+    "Read rows, check them, and place them in four disjoint splits; raise DataError for rows that cannot be used."
     how = {**how, "on_bad_row": on_bad_row}
     more: dict[str, Any] = {"together": together, "time": time}
     rows, text, label = sourced(source, text, label, [*groups, *(c for c in (split, together, time) if c)], how)

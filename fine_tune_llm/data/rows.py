@@ -42,7 +42,7 @@ def refuse(name: str,  # of the source
            read: int,  # rows read, good and bad
            hint: str = "",  # what may explain it, in parentheses of its own
           ) -> DataError:  # to be raised
-    "Make the error that names bad rows."
+    "Make the DataError that names bad rows."
     many = len({b.file for b in bad}) > 1
     shown = "; ".join((f"{b.file} " if many else "") + str(b) for b in bad[:8]) + ("; ..." if len(bad) > 8 else "")
     return DataError(f"{len(bad)} of {read} rows cannot be used{hint}", f"{name}, {shown}",
@@ -161,7 +161,7 @@ def inside(value: Any,  # a parsed JSON value
 def column(rows: Rows,  # from `read_rows`
            name: str,  # of the column, or a path such as "meta.label"
           ) -> list[Any]:  # its values, as read
-    "Take one column by name."
+    "Take one column by name; raise DataError if there is none, or two."
     found = rows.table.column_names
     if found.count(name) > 1: raise DataError(f"column {name!r} occurs {found.count(name)} times", rows.name, "rename one of them")
     if name in found: return decoded(rows.table.field(found.index(name)), rows.table.column(name))
@@ -195,7 +195,7 @@ def faults(rows: Rows,  # from `read_rows`
 def usable(rows: Rows,  # from `read_rows`
            kinds: dict[str, tuple[type, ...]],  # column -> types that are fine
           ) -> list[list[str]]:  # a list per column, every value as text
-    "Check columns and give their values as text, or name every row that cannot be used."
+    "Check columns and give their values as text; raise DataError that names every row that cannot be used."
     found, places, columns = [], [], []
     for name in kinds:
         wrong, values = faults(rows, name, kinds[name]), column(rows, name)

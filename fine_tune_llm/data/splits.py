@@ -28,7 +28,7 @@ def normalise(text: str) -> str:  # the same words, folded; for comparing, never
 
 # %% ../../nbs/data/310_splits.ipynb #row-id
 def row_id(text: str) -> str:  # 16 hex digits
-    "Hash what a text says."
+    "Hash what a text says (SHA-256)."
     return sha256(normalise(text).encode()).hexdigest()[:16]
 
 # %% ../../nbs/data/310_splits.ipynb #unique
@@ -56,7 +56,7 @@ def assign(ids: Sequence[str],  # content hashes
            seed: int,  # another seed, another deal
            sizes: Sequence[float],  # shares of train, validation, calibration, test; they need not sum to 1
           ) -> list[str]:  # a name of `SPLITS` per id
-    "Place each id in a split, in proportion to the sizes."
+    "Place each id in a split, in proportion to the sizes; raise ConfigurationError for what are no four shares."
     if len(sizes) != 4 or min(sizes) < 0 or not sum(sizes) > 0:
         raise ConfigurationError(f"sizes must be four shares, none negative, got {tuple(sizes)}", fix="e.g. (.6, .1, .15, .15)")
     cuts = np.cumsum(sizes)[:3] / np.sum(sizes)
@@ -78,7 +78,7 @@ class Split:
 
 # %% ../../nbs/data/310_splits.ipynb #fingerprint
 def fingerprint(splits: Sequence[Split]) -> str:  # 64 hex digits
-    "Hash which row stands where, with which label."
+    "Hash which row stands where, with which label (SHA-256)."
     h = sha256()
     for s in splits:
         for i, y in zip(s.ids, s.y if s.y is not None else [None] * len(s)):

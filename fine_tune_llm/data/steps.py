@@ -45,12 +45,12 @@ def strip_html(text: str,  # HTML, or text in which no < opens a tag
 
 # %% ../../nbs/data/380_steps.ipynb #pii
 def luhn(digits: str) -> bool:  # True for a number that can be a card's
-    "Check the sum of a card number."
+    "Check the sum of a card number (ISO/IEC 7812-1, annex B)."
     doubled = [int(d) * (1 + i % 2) for i, d in enumerate(reversed(re.sub(r"\D", "", digits)))]
     return sum(d - 9 * (d > 9) for d in doubled) % 10 == 0
 
 def iban(account: str) -> bool:  # True for a number that can be an account's
-    "Check the remainder of an account number."
+    "Check the remainder of an account number (ISO 13616: modulo 97)."
     plain = re.sub(r"\s", "", account).upper()
     return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
 
@@ -73,7 +73,7 @@ def hide(word: str,  # what to put in its place, without the brackets
 def mask_pii(text: str,  # in any language; shapes count, not words
              kinds: Sequence[str] = tuple(PII),  # which of PII
             ) -> str:  # such as "write to [EMAIL]"
-    "Replace what looks like personal data by its kind."
+    "Replace what looks like personal data by its kind; raise ConfigurationError for an unknown kind."
     for kind in kinds:
         if kind not in PII: raise ConfigurationError(f"no kind of personal data {kind!r}", fix=f"use some of {', '.join(PII)}")
         pattern, holds = PII[kind]
@@ -149,7 +149,7 @@ class Recipe:
 # %% ../../nbs/data/380_steps.ipynb #make
 def try_step(step: Step,  # refused if its name or a setting is unknown
             ) -> None:
-    "Run a step on a word, so that a wrong setting shows at once."
+    "Run a step on a word; raise ConfigurationError for an unknown step or setting."
     known = [*CLEANING, *AUGMENTING, *(p.name for p in plugins("step"))]
     if step.name not in known: raise ConfigurationError(f"no step {step.name!r}", fix=f"use some of {', '.join(known)}")
     try: step.function()("word", **({"rng": random.Random(0)} if step.adds else {}), **step.options)
@@ -159,7 +159,7 @@ def try_step(step: Step,  # refused if its name or a setting is unknown
 def recipe(*steps: Any,  # names, or pairs of a name and its settings
            seed: int = 0,  # of the augmentation
           ) -> Recipe:
-    "Make a recipe, and refuse what cannot be run."
+    "Make a recipe; raise ConfigurationError for what cannot be run."
     made = tuple(Step(s) if isinstance(s, str) else Step(s[0], dict(s[1])) for s in steps)
     for step in made: try_step(step)
     if any(a.adds and not b.adds for a, b in zip(made, made[1:])):

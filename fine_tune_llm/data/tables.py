@@ -32,7 +32,7 @@ def plain(value: Any) -> Any:  # None for a missing value of NumPy or pandas
 # %% ../../nbs/data/301_tables.ipynb #as-json
 def as_json(name: str,  # of the column, for messages
             values: Sequence[Any]) -> tuple[Any, Any]:  # pyarrow.Field, pyarrow.Array of strings
-    "Keep values as JSON text."
+    "Keep values as JSON text; raise DataError for one that JSON cannot hold."
     def text(value: Any) -> str:
         try: return json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError):
@@ -97,7 +97,7 @@ def frame_table(frame: Any,  # pandas.DataFrame
 # %% ../../nbs/data/301_tables.ipynb #memory
 def from_memory(source: Any,  # list or tuple of dicts, pandas.DataFrame or datasets.Dataset
                ) -> Rows:
-    "Take rows from a list of dicts, a DataFrame or a dataset."
+    "Take rows from a list of dicts, a DataFrame or a dataset; raise DataError for anything else."
     name = "list" if isinstance(source, (list, tuple)) else type(source).__name__
     if name == "list":
         strange = next((i for i, r in enumerate(source) if not isinstance(r, dict)), None)
@@ -137,7 +137,7 @@ def unify(schemas: Sequence[Any],  # pyarrow.Schema of each part
 def conform(table: Any,  # pyarrow.Table
             schema: Any,  # of `unify`
            ) -> Any:  # pyarrow.Table with that schema
-    "Give a part the columns and types of the whole."
+    "Give a part the columns and types of the whole; raise DataError for whole numbers that no double can hold."
     if table.schema.equals(schema, check_metadata=True): return table
     def fit(wanted: Any) -> Any:
         if wanted.name not in table.column_names: return pa.nulls(len(table), wanted.type)
@@ -231,7 +231,7 @@ def collect(name: str,  # of the source, for messages
             limit: int = Store.limit,  # bytes that may wait in memory
             hint: Callable[[Sequence[BadRow]], str] = lambda bad: "",  # what may explain the bad rows
            ) -> Rows:
-    "Join parts into rows, and refuse or set aside the bad ones."
+    "Join parts into rows, and set the bad ones aside or raise DataError that names them."
     store, places, n = Store(limit), [np.empty((0, 3), dtype=np.int64)], 0
     bad: list[BadRow] = []
     try:

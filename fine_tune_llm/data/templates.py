@@ -45,7 +45,7 @@ Pieces = Sequence[tuple[str, bool]]  # texts in order, True where they are learn
 def join_pieces(pieces: Pieces,  # of one row, in order
                 ends: str = "token",  # one of ENDS
                ) -> Rendering:
-    "Put pieces together and keep the places of those to be learned."
+    "Put pieces together and keep the places of those to be learned; raise ValueError if there are none."
     text, answers = "", []
     for piece, learn in pieces:
         if learn and piece: answers.append((text, text + piece))
@@ -58,7 +58,7 @@ def from_pieces(name: str,  # for reports
                 ends: str = "token",  # one of ENDS
                 recipe: Mapping[str, Any] | None = None,  # plain data
                ) -> Template:
-    "Make a template of a function that cuts a row in pieces."
+    "Make a template of a function that cuts a row in pieces; raise ConfigurationError for an unknown `ends`."
     if ends not in ENDS: raise ConfigurationError(f"no way to end {ends!r}", where="ends=", fix=f"use one of {', '.join(ENDS)}")
     return Template(name, lambda row, tokenizer: join_pieces(pieces(row), ends), {"name": name, "ends": ends, **(recipe or {})})
 
@@ -70,7 +70,7 @@ def gaps(pattern: str) -> list[str]:  # names of the columns
 def fill(pattern: str,  # text with {column} gaps
          row: Mapping[str, Any],  # column -> value
         ) -> str:
-    "Put the values of a row into a pattern."
+    "Put the values of a row into a pattern; raise DataError for a column that is not there, ValueError for a bad value."
     for name in gaps(pattern):
         if name not in row:
             raise DataError(f"no column {name!r}", where=f"the template {pattern[:60]!r}", fix=f"use one of: {', '.join(map(repr, list(row)[:12]))}")
@@ -135,7 +135,7 @@ def render_chat(turns: Sequence[Mapping[str, Any]],  # a conversation
 def chat(learn: str = "all",  # "all" answers or the "last"
          style: str | None = None,  # "plain", a Jinja template, or None for the tokenizer's own
         ) -> Template:
-    "Learn what the assistant says in a conversation."
+    "Learn what the assistant says in a conversation; raise ConfigurationError for an unknown choice."
     if learn not in ("all", "last"): raise ConfigurationError(f"cannot learn {learn!r}", where="learn=", fix="use 'all' or 'last'")
     written = PLAIN if style == "plain" else style
     if written is not None and "{" not in written: raise ConfigurationError(f"no chat style {style!r}", fix="use 'plain', a Jinja template, or None")
@@ -152,7 +152,7 @@ TEMPLATES: dict[str, Callable[[], Template]] = {
 
 def find_template(template: Template | str | Callable[[Mapping[str, Any]], Pieces],  # a name is one of TEMPLATES or of a plugin
                  ) -> Template:
-    "Take a template, a name of one, or a function from a row to pieces."
+    "Take a template, a name of one, or a function from a row to pieces; raise ConfigurationError for an unknown name."
     if isinstance(template, Template): return template
     if callable(template): return from_pieces(getattr(template, "__name__", "function"), template)
     if template in TEMPLATES: return TEMPLATES[template]()
@@ -183,7 +183,7 @@ def render_rows(rows: Rows,  # from `read_source`
 def refuse_faults(rows: Rows,  # they know the places
                   faults: Mapping[int, str],  # position -> reason
                  ) -> None:
-    "Refuse rows that cannot be used, each reason with its rows."
+    "Raise DataError for rows that cannot be used, each reason with its rows."
     reasons: dict[str, list[int]] = {}
     for i, why in faults.items(): reasons.setdefault(why, []).append(i)
     told = "; ".join(f"{at(rows, found)}: {why}" for why, found in list(reasons.items())[:8])

@@ -32,7 +32,7 @@ FATES = ("masked", "supervised", "truncated", "dropped")  # the number of a fate
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenMap:
-    "Show the fate of each token of one row."
+    "Show the fate of each token of one row; raise DataError if there are more of one than of the other."
     title: str  # which row, and what became of it
     tokens: Sequence[str]  # as shown
     fates: np.ndarray  # uint8, positions in FATES, one per token

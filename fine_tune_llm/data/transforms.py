@@ -44,7 +44,7 @@ def run_step(step: Step,  # its name and settings
              where: str,  # which row, for messages
              **more: Any,  # the random generator, for a step that adds rows
             ) -> str:
-    "Run one step on one text, and name it where it fails."
+    "Run one step on one text; raise DataError that names it where it fails."
     try: found = function(text, **more, **step.options)
     except Exception as e: raise DataError(f"the step {step.name!r} failed: {type(e).__name__}: {e}", where, "mend the step or the row; nothing was changed") from e
     if not isinstance(found, str): raise DataError(f"the step {step.name!r} gave a {type(found).__name__}, not a text", where, "mend the step; nothing was changed")
@@ -73,7 +73,7 @@ def trace(data: Data,  # from `load_data`
           source: Any,  # what the data was loaded from
           text: str = "text",  # column of the texts
          ) -> dict[str, str]:  # id of a train row -> "file, line 7"
-    "Find the place of each train row in its source."
+    "Find the place of each train row in its source; raise DataError if one is not there."
     rows = read_source(source)
     ids = unique_ids([row_id(str(t)) for t in column(rows, text)])
     found = {i: f"{rows.name}, {rows.unit} {place}" for i, place in zip(ids, rows.places.tolist())}
@@ -134,7 +134,7 @@ def new_ids(found: pd.DataFrame,  # of `set_aside`, rows that stay
 def train_split(data: Data,  # before the recipe
                 stay: pd.DataFrame,  # rows of `set_aside` that are trained on, with their `id`
                ) -> Split:
-    "Make the train split of the rows that stay."
+    "Make the train split of the rows that stay; raise DataError if a class has lost all of them."
     old, parent = data.train, stay["parent"].to_numpy(dtype=int)
     y = None if old.y is None else old.y[parent]
     groups = None if old.groups is None else old.groups.iloc[parent].reset_index(drop=True)
@@ -167,7 +167,7 @@ def transform(data: Data,  # from `load_data`; is not changed
               source: Any = None,  # what the data was loaded from, for the places of the lineage
               text: str = "text",  # column of the texts in the source
              ) -> Transformed:
-    "Clean and augment the train split, and keep track of every row."
+    "Clean and augment the train split, and keep track of every row; raise DataError if that was done before."
     if any(r["hash"] == recipe.hash for r in data.manifest.get("recipes", ())):
         raise DataError(f"the recipe {recipe.hash} was applied to this data before", "train", "transform the data as it was loaded")
     found = set_aside(candidates(data, recipe, trace(data, source, text) if source is not None else {}), data)
@@ -187,7 +187,7 @@ def clean_rows(source: Any,  # path, plugin name, list of dicts, DataFrame or Da
                recipe: Recipe,  # of cleaning steps
                columns: Sequence[str],  # of texts
               ) -> tuple[Rows, pd.DataFrame]:  # (rows, table of place, column and steps, one line per changed value)
-    "Clean columns of rows, and tell what was changed where."
+    "Clean columns of rows, and tell what was changed where; raise ConfigurationError for a step that adds rows."
     if added := [s.name for s in recipe.steps if s.adds]:
         raise ConfigurationError(f"these steps add rows: {', '.join(added)}", where="clean_rows", fix="leave them out, or use transform on labelled data")
     rows, steps, told = read_source(source), functions(recipe, adds=False), []
@@ -223,7 +223,7 @@ def split_records(split: Split,  # with labels and groups, or without
 def save_transformed(done: Transformed,  # from `transform`
                      folder: Path,  # must not be there yet
                     ) -> Path:  # the folder
-    "Write rows, lineage and recipe: all or nothing."
+    "Write rows, lineage and recipe, all or nothing; raise DataError if the folder is there."
     if folder.exists(): raise DataError("the folder is there already", str(folder), "choose a new name")
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     part.mkdir(parents=True)

@@ -126,7 +126,7 @@ def counts_line(truth: DataTruth,  # from `data_truth`
 def map_row(truth: DataTruth,  # from `data_truth`
             place: int,  # number of a row or line in its file
            ) -> TokenMap:
-    "Show one row token by token."
+    "Show one row token by token; raise DataError where there is none."
     if place in truth.quarantine: raise DataError(f"this row could not be rendered: {truth.quarantine[place]}", f"{truth.rows.name}, {truth.rows.unit} {place}")
     if place not in truth.rows.places:
         raise DataError(f"no {truth.rows.unit} {place}", truth.rows.name, f"use one of {truth.rows.places[0]} to {truth.rows.places[-1]}")
@@ -168,7 +168,7 @@ def find_notices(truth: DataTruth) -> list[str]:  # one sentence each
 def refuse_losses(truth: DataTruth,  # with every row that could be rendered
                   keep: np.ndarray,  # int64 [n], tokens at the beginning that are never cut
                  ) -> None:
-    "Refuse answers that are cut, and rows in which nothing is learned."
+    "Raise DataError for answers that are cut, and for rows in which nothing is learned."
     t, s, n = truth.table, truth.summary, len(truth)
     bare = np.flatnonzero(t["answer_tokens"] == 0)
     if len(bare): raise DataError(f"{len(bare)} of {n} rows have no supervised token", f"{truth.rows.name}, {at(truth.rows, bare.tolist())}",
@@ -184,7 +184,7 @@ def refuse_losses(truth: DataTruth,  # with every row that could be rendered
 # %% ../../nbs/data/378_truth.ipynb #as-rows
 def as_rows(source: Any,  # a `Split`, or anything that `read_source` takes
            ) -> Rows:
-    "Read rows; of a split, its texts and labels."
+    "Read rows; of a split, its texts and labels; raise DataError if there are none."
     if not isinstance(source, Split): return read_source(source)
     if not len(source): raise DataError("no rows", source.name, "give at least one row")
     names = [source.labels[k] for k in source.y] if source.y is not None else [None] * len(source)
@@ -192,12 +192,12 @@ def as_rows(source: Any,  # a `Split`, or anything that `read_source` takes
 
 # %% ../../nbs/data/378_truth.ipynb #choices
 def check_choice(**chosen: tuple[str, Sequence[str]]) -> None:  # argument -> (value, allowed values)
-    "Refuse a word that is not among those allowed."
+    "Raise ConfigurationError for a word that is not among those allowed."
     for name, (value, allowed) in chosen.items():
         if value not in allowed: raise ConfigurationError(f"no {name}={value!r}", fix=f"use one of {', '.join(map(repr, allowed))}")
 
 def longest_allowed(tokenizer: Any, max_length: int | None) -> int | None:  # None: no limit
-    "Settle how many tokens a row may keep."
+    "Settle how many tokens a row may keep; raise ConfigurationError for less than one."
     if max_length is None: return int(tokenizer.model_max_length) if tokenizer.model_max_length < 10**6 else None
     if max_length < 1: raise ConfigurationError(f"max_length={max_length} leaves no token", fix="pass at least 1, or None for the model's own limit")
     return max_length
@@ -213,7 +213,7 @@ def data_truth(rows: Any,  # path, plugin name, list of dicts, DataFrame, Datase
                checks: Sequence[str] = (),  # names of check plugins
                cache: str | Path | None = None,  # a folder to keep encodings in
               ) -> DataTruth:
-    "Find out which token of which row would be trained on, and refuse what would be lost."
+    "Find out which token of which row would be trained on; raise DataError where an answer would be lost."
     check_choice(cut=(cut, CUTS), on_cut=(on_cut, ("refuse", "drop", "keep")), on_bad_row=(on_bad_row, ("refuse", "quarantine")))
     chosen, limit, source = find_template(template), longest_allowed(tokenizer, max_length), as_rows(rows)
     made, kept, faults = render_rows(source, chosen, tokenizer)
