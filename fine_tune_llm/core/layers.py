@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESOLVERS', 'PATHS', 'Loader12', 'Dumper12', 'scalar', 'walk', 'parse_yaml', 'Layer', 'rebase', 'rebase_all',
-           'read_layer', 'chain_layers', 'file_layers', 'nest', 'variable_layers', 'change_layers', 'leaves', 'merge']
+           'prepared', 'read_layer', 'chain_layers', 'file_layers', 'nest', 'variable_layers', 'change_layers',
+           'leaves', 'merge']
 
 # %% ../../nbs/core/006_layers.ipynb #imports
 import os
@@ -125,6 +126,15 @@ def rebase_all(values: dict[str, Any],  # nested by section; the sections that h
         if isinstance(part, dict) and isinstance(part.get(name), str): values[section] = {**part, name: rebase(part[name], folder)}
     return values
 
+# %% ../../nbs/core/006_layers.ipynb #prepared
+def prepared(values: dict[str, Any],  # as they stand in a file
+             prepare: Callable[[dict[str, Any]], dict[str, Any]],  # gets them
+             where: str,  # the file, for an error that names no place
+            ) -> dict[str, Any]:
+    "Bring the values of a file up to date; raise ConfigurationError that names the file."
+    try: return prepare(values)
+    except ConfigurationError as e: raise ConfigurationError(e.found, where=e.where or where, fix=e.fix) from None
+
 # %% ../../nbs/core/006_layers.ipynb #read-file
 def read_layer(path: Path,  # a YAML file
                prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict,  # gets the values as they stand
@@ -141,7 +151,7 @@ def read_layer(path: Path,  # a YAML file
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(p, str) and p for p in parents):
         raise ConfigurationError("extends names no file", where=str(path), fix="extends: base.yaml, or a list of files")
-    return Layer(rebase_all(prepare(values), path.parent), path.name, lines), parents
+    return Layer(rebase_all(prepared(values, prepare, str(path)), path.parent), path.name, lines), parents
 
 # %% ../../nbs/core/006_layers.ipynb #chain
 def chain_layers(path: Path,  # a YAML file
