@@ -184,7 +184,7 @@ def load_data(source: Any,  # anything that `read_rows` takes: path, pattern, fo
     if test is not None:
         read.append(sourced(test, text, label, (), how)[0])
         frame = pd.concat([frame, fields(read[1], text, label, groups, None, "test", **more)], ignore_index=True)
-        sizes = (*sizes[:3], 0)
+        sizes = (*sizes[:3], 0, *sizes[4:])
     known = label_set(list(frame["label"]), labels, frame["source"].iloc[0])
     ledger = load_ledger(ledger) if isinstance(ledger, (str, Path)) else ledger
     kept, aside, odd = settle(frame, seed, sizes, near=near, stratify=stratify, ledger=ledger)

@@ -102,7 +102,7 @@ def candidates(data: Data,  # its train split counts
 def set_aside(found: pd.DataFrame,  # of `candidates`
               data: Data) -> pd.DataFrame:  # the same rows, with a column `key` and their final outcome
     "Give rows that must not be trained on the reason as their outcome."
-    others = {row_id(t): s.name for s in data.splits[1:] for t in s.texts}
+    others = {row_id(t): s.name for s in data.parts[1:] for t in s.texts}
     own: set[str] = set()
     keys, outcomes = [row_id(t) for t in found["text"]], []
     for key, text, outcome in zip(keys, found["text"], found["outcome"]):
@@ -230,7 +230,7 @@ def save_transformed(done: Transformed,  # from `transform`
     try:
         lineage: list[Any] = done.lineage.astype(object).where(done.lineage.notna(), None).to_dict("records")
         known = {r["id"]: {"place": r["place"], "steps": list(r["steps"])} for r in lineage if r["id"] is not None}
-        write_lines(part / "rows.jsonl", [{**r, **(known.get(r["id"], {}) if s.name == "train" else {})} for s in done.data.splits for r in split_records(s)])
+        write_lines(part / "rows.jsonl", [{**r, **(known.get(r["id"], {}) if s.name == "train" else {})} for s in done.data.parts for r in split_records(s)])
         write_lines(part / "lineage.jsonl", lineage)
         write_lines(part / "recipe.json", [{**done.recipe.plain(), "hash": done.recipe.hash}])
         os.rename(part, folder)
