@@ -31,7 +31,7 @@ def follow_events(run: Run | str | Path,  # a run or its folder
         dead = run.lives() is False  # asked first: whoever has gone has said by now what it had to say
         events = run.events()
         yield from events[n:]
-        n, state = len(events), run_state(events)
+        n, state = max(n, len(events)), run_state(events)  # a listener may be ahead of its run
         if state in ENDS.values() or dead and state != "created": return
         time.sleep(pause)
 

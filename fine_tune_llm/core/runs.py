@@ -152,13 +152,14 @@ def status(events: Sequence[Mapping[str, Any]],  # what happened
     state = run_state(events, commands)
     start: Mapping[str, Any] = next((e for e in reversed(events) if e["event"] == "run_started"), {})
     last: Mapping[str, Any] = next((e for e in reversed(events) if e["event"] == "step"), {})
+    failed: Mapping[str, Any] = next((e for e in reversed(events) if e["event"] == "run_failed"), {})
     step, total = last.get("step", 0), start.get("total_steps") or 0
     epochs, eta = start.get("epochs"), last.get("eta_s")
     now = min(int(last.get("epoch") or 0) + 1, int(epochs)) if epochs else 0
     return Status(state, step, total, min(100 * step // total, 100) if total else 0,
                   f"epoch {now} of {int(epochs)}" if epochs and last else "",
                   f"{duration(eta)} left" if eta is not None and state in ("running", "stopping") else "",
-                  last.get("loss"), str(events[-1].get("error", "")) if state == "failed" else "")
+                  last.get("loss"), str(failed.get("error", "")) if state == "failed" else "")
 
 # %% ../../nbs/core/020_runs.ipynb #atomic
 def write_atomic(path: Path,  # where the file shall stand; its folder is made if missing
