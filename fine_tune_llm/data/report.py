@@ -111,7 +111,7 @@ def size_rows(r: DataReport,  # from `check_data`
     "Lay out the sizes for reading."
     return [{**({"split": shown(s.split)} if s.split else {}), "rows": f"{s.rows:,}",
              **({"classes": s.classes, "rows per class": f"{s.least:,} to {s.most:,}"} if r.labels else {}),
-             f"median {r.unit}": s.median, "99 % have at most": s.p99, "longest": s.longest} for s in r.sizes]
+             f"median {r.unit}": s.median, "99 % have at most": s.p99, "longest": s.longest} for s in r.sizes] or [{"rows": "0"}]
 
 def text_report(r: DataReport,  # from `check_data`
                ) -> str:
