@@ -60,7 +60,9 @@ def calibration_drift(run: Run,  # its ECE, at each evaluation
     (step, last), best = found[-1], min(v for _, v in found)
     return (step, f"the calibration error rose from {best:.3f} to {last:.3f}") if last > best + 0.05 else None
 
-def tail(k: int, n: int, p: float) -> float:  # probability
+def tail(k: int, n: int,  # hits, and tries
+         p: float,  # of a hit, above 0 and below 1
+        ) -> float:  # probability
     "Compute how likely at most k hits of n are, each with probability p (binomial distribution)."
     log = lambda i: math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
     return min(1.0, math.fsum(math.exp(log(i)) for i in range(k + 1)))

@@ -183,7 +183,8 @@ def load_config(path: str | Path,  # a YAML file
     return build_config([*files, *variable_layers(environ, list(Config.model_fields)), *change_layers(changes, keywords)], str(path))
 
 # %% ../../nbs/core/010_config.ipynb #explain
-def explain(config: Config) -> list[Setting]:  # in the order of the sections
+def explain(config: Config,  # from `load_config`; of one made in code all is default
+           ) -> list[Setting]:  # in the order of the sections
     "Name the source of each value."
     of = config._origins.of
     def source(key: str) -> str:
@@ -192,17 +193,20 @@ def explain(config: Config) -> list[Setting]:  # in the order of the sections
     return [Setting(key, value, source(key)) for key, value in leaves(config.model_dump(mode="json"))]
 
 # %% ../../nbs/core/010_config.ipynb #diff
-def diff(a: Config, b: Config) -> list[tuple[str, Any, Any]]:  # key, value in a, value in b; None where there is none
+def diff(a: Config, b: Config,  # from `load_config`; only values count, not where they come from
+        ) -> list[tuple[str, Any, Any]]:  # key, value in a, value in b; None where there is none
     "List what differs."
     left, right = dict(leaves(a.model_dump(mode="json"))), dict(leaves(b.model_dump(mode="json")))
     return [(key, left.get(key), right.get(key)) for key in dict.fromkeys([*left, *right]) if (key in left, left.get(key)) != (key in right, right.get(key))]
 
-def content_hash(config: Config) -> str:  # 64 hex digits
+def content_hash(config: Config,  # only its values count, not where they come from
+                ) -> str:  # 64 hex digits
     "Give the SHA-256 of a configuration."
     return sha256(config.to_yaml().encode()).hexdigest()
 
 # %% ../../nbs/core/010_config.ipynb #schema
-def field_notes(kind: type[BaseModel]) -> dict[str, str]:  # name -> comment
+def field_notes(kind: type[BaseModel],  # a section
+               ) -> dict[str, str]:  # name -> comment
     "Read the comments beside the fields of a section."
     try: source = inspect.getsource(kind)
     except (OSError, TypeError): return {}  # installed without sources

@@ -38,7 +38,13 @@ def follow_events(run: Run | str | Path,  # a run or its folder
 # %% ../../nbs/core/026_events.ipynb #subscribe
 class Subscription:
     "Hand the events of a run to a function, in a thread, until the run ends or this is closed."
-    def __init__(self, run: Run, hear: Callable[[dict[str, Any]], object], kinds: Sequence[str], start: int, pause: float):
+    def __init__(self,
+                 run: Run,  # read in the thread
+                 hear: Callable[[dict[str, Any]], object],  # gets each event, one after the other
+                 kinds: Sequence[str],  # names of events, all where none is given
+                 start: int,  # how many of the oldest are left out
+                 pause: float,  # seconds between two looks
+                ):
         self.run, self.hear, self.kinds, self.start, self.pause, self.closing = run, hear, kinds, start, pause, threading.Event()
         self.thread = threading.Thread(target=self.loop, name="ftllm-events", daemon=True)
         self.thread.start()
@@ -51,7 +57,9 @@ class Subscription:
             try: self.hear(e)
             except Exception: logging.getLogger(__name__).exception("a listener failed on %s", e["event"], extra={"run": self.run.path.name})
 
-    def wait(self, timeout: float | None = None) -> bool:  # seconds; whether all was heard
+    def wait(self,
+             timeout: float | None = None,  # seconds; None: for ever
+            ) -> bool:  # whether all was heard
         "Wait until the run has ended and its last event was heard."
         self.thread.join(timeout)
         return not self.thread.is_alive()

@@ -298,7 +298,8 @@ def figure(title: str,  # the finding, with its number, interval and reference
     return f"<figure><h3>{escape(title)}</h3>{note}{''.join(parts)}</figure>"
 
 # %% ../../nbs/core/040_figures.ipynb #styled
-def styled(body: str) -> str:  # HTML for a notebook
+def styled(body: str,  # HTML of figures
+          ) -> str:  # HTML for a notebook
     "Add the style sheet to figures."
     return f'<style>{CSS}</style><div class="look">{body}</div>'
 

@@ -48,7 +48,8 @@ def label_index(labels: Labels,  # K names, in the order of the columns
     return [where[v] for v in values]
 
 # %% ../../nbs/core/030_labels.ipynb #cost
-def cost_matrix(labels: Labels) -> list[list[float]]:  # K rows (true class) of K costs (answer), 0 for a right answer
+def cost_matrix(labels: Labels,  # K classes, with harm and critical mistakes
+               ) -> list[list[float]]:  # K rows (true class) of K costs (answer), 0 for a right answer
     "Lay out what each answer costs on each true class."
     harm, critical = dict(labels.harm), {(a, b): c for a, b, c in labels.critical}
     return [[0.0 if a == b else float(critical.get((a, b), harm.get(a, 1.0))) for b in labels] for a in labels]

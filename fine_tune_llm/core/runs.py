@@ -187,7 +187,8 @@ def inside(folder: Path,  # what must not be left
 # %% ../../nbs/core/020_runs.ipynb #unused
 PREPARED = {"launch.yaml", "process.log", "events.jsonl", "control.jsonl"}  # what a launcher may leave in a folder
 
-def unused(path: Path) -> bool:  # a folder
+def unused(path: Path,  # a folder that is there
+          ) -> bool:  # empty, or as a launcher left it
     "Tell whether a folder is free for a new run."
     names = {p.name for p in path.iterdir()}
     return not names or "launch.yaml" in names <= PREPARED and not (path / "events.jsonl").stat().st_size
