@@ -24,7 +24,8 @@ MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip",
          b"\xd0\xcf\x11\xe0": "old Excel or Word", b"\x89HDF": "HDF5", b"\x89PNG": "PNG", b"\x93NUMPY": "NumPy", b"\x80\x04\x95": "pickle"}
 PACKED = ("gzip", "zstd", "zip")
 
-def kind(head: bytes) -> str:  # a value of `MAGIC`, or "" for what may be text
+def kind(head: bytes,  # at least the first 16 bytes
+        ) -> str:  # a value of `MAGIC`, or "" for what may be text
     "Name what begins with these bytes."
     return next((k for magic, k in MAGIC.items() if head.startswith(magic)), "")
 

@@ -39,7 +39,8 @@ def check_values(table: Table,  # from `table_of`
     return out
 
 # %% ../../nbs/data/352_checks.ipynb #label-values
-def label_fault(value: Any) -> str:  # "" for nothing
+def label_fault(value: Any,  # a label, as read
+               ) -> str:  # "" for nothing
     "Name what is wrong with a label."
     if isinstance(value, float) and math.isinf(value): return "is not finite"
     return fault(value, (str, bool, int, float, np.generic))

@@ -45,7 +45,8 @@ def candidates(rows: Rows,  # from `read_rows`
     return [n for i, n in enumerate(table.column_names) if plain_name(n) in wanted and n not in leave and table.column(i).null_count < len(table)]
 
 # %% ../../nbs/data/320_columns.ipynb #numbered
-def choice_columns(names: Sequence[str]) -> list[str]:  # of one family, in order; empty if there is none
+def choice_columns(names: Sequence[str],  # of the columns of a file, in its order
+                  ) -> list[str]:  # of one family, in order; empty if there is none
     "Find columns that hold one choice each."
     families: dict[str, list[str]] = {}
     for name in names:
@@ -93,7 +94,8 @@ def match(rows: Rows,  # from `read_rows`
     return None if any(not found[r] for r in must) else {r: c for r, c in found.items() if c}
 
 # %% ../../nbs/data/320_columns.ipynb #used
-def used(found: Mapping[str, list[Any]]) -> set[str]:  # names of columns
+def used(found: Mapping[str, list[Any]],  # role -> candidates, from `match`
+        ) -> set[str]:  # names of columns
     "Collect the columns that a form explains."
     return {n for c in found.values() for one in c for n in ([one] if isinstance(one, str) else one)}
 
@@ -136,7 +138,8 @@ def settle_roles(rows: Rows,  # from `read_rows`; for its name, and what stands 
     return Columns(form, {r: c[0] for r, c in found.items()}, tuple(r for r in found if r not in given))
 
 # %% ../../nbs/data/320_columns.ipynb #template
-def template_columns(template: str) -> list[str]:  # empty if this is a plain column name
+def template_columns(template: str,  # such as "{title}: {body}"
+                    ) -> list[str]:  # empty if this is a plain column name
     "List the columns that a template names; raise ConfigurationError for anything else in braces."
     try: parts = list(Formatter().parse(template))
     except ValueError: return []

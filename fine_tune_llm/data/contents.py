@@ -62,11 +62,13 @@ def check_damage(table: Table,  # from `table_of`
 
 # %% ../../nbs/data/354_contents.ipynb #script
 @lru_cache(10_000)
-def script(letter: str) -> str:  # "" for what is no letter
+def script(letter: str,  # one character
+          ) -> str:  # such as "LATIN"; "" for what is no letter
     "Name the script of a letter."
     return unicodedata.name(letter, "").split(" ")[0].split("-")[0] if letter.isalpha() else ""
 
-def script_of(text: str) -> str:  # "" for a text without letters
+def script_of(text: str,  # in any script, or several
+             ) -> str:  # "" for a text without letters
     "Name the script that most letters of a text belong to."
     if text.isascii(): return "LATIN" if re.search("[A-Za-z]", text) else ""
     n = Counter(filter(None, map(script, text)))

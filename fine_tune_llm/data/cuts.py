@@ -20,7 +20,9 @@ def first_true(mask: np.ndarray,  # bool [T], one per token
     found = where[np.searchsorted(where, start[:-1])]
     return np.minimum(found, start[1:]) - start[:-1]
 
-def count_true(mask: np.ndarray, start: np.ndarray) -> np.ndarray:  # int64 [n]
+def count_true(mask: np.ndarray,  # bool [T], one per token
+               start: np.ndarray,  # int64 [n + 1], where rows start
+              ) -> np.ndarray:  # int64 [n]
     "Count the True of each row."
     total = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
     return total[start[1:]] - total[start[:-1]]

@@ -220,7 +220,8 @@ def split_data(texts: Sequence[str],  # n texts, as written
 # %% ../../nbs/data/312_dealing.ipynb #free
 def assign_free(place: np.ndarray,  # a split per unit so far
                 free: np.ndarray,  # True per unit that is to be dealt
-                units: pd.DataFrame, sizes: Sequence[float], seed: int) -> np.ndarray:  # with the free units dealt
+                units: pd.DataFrame, sizes: Sequence[float], seed: int,  # u, n and more per unit; shares; another seed, another deal
+               ) -> np.ndarray:  # with the free units dealt
     "Deal the units that nothing has placed yet."
     place = place.copy()
     place[free] = unit_places(units[free].reset_index(drop=True), sizes, seed)

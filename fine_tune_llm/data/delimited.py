@@ -192,7 +192,8 @@ def read_header(block: bytes,  # UTF-8, from the beginning of the file
     return 0
 
 # %% ../../nbs/data/303_delimited.ipynb #doubts
-def doubts(header: Sequence[str]) -> list[str]:  # one sentence each
+def doubts(header: Sequence[str],  # names of the columns
+          ) -> list[str]:  # one sentence each
     "State what is odd about a header."
     notes = [f"Column {n!r} occurs {header.count(n)} times." for n in dict.fromkeys(header) if header.count(n) > 1]
     data = next((n for n in header if len(n.split()) > 4 or len(n) > 60), "")

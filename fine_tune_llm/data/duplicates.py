@@ -34,7 +34,8 @@ def between(run: re.Match[str],  # of `silent`
     return run[0].strip()[:1] or " " if text[a - 1:a].isdigit() and text[b:b + 1].isdigit() else ""
 
 # %% ../../nbs/data/306_duplicates.ipynb #fold
-def fold(text: str) -> str:  # for comparing, never for training
+def fold(text: str,  # as written
+        ) -> str:  # for comparing, never for training
     "Keep what a text says, without case, blanks and punctuation."
     plain = text.isascii()
     folded = text.lower() if plain else unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())

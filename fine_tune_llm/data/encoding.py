@@ -141,7 +141,8 @@ def encode_renderings(renderings: Sequence[Rendering],  # n rows, from `render_r
     return Encoded(np.concatenate(parts), np.concatenate(learn), start, np.array(sound, bool), np.array([r.ends != "none" for r in renderings], bool))
 
 # %% ../../nbs/data/374_encoding.ipynb #key
-def tokenizer_hash(tokenizer: Any) -> str:  # 64 hex digits
+def tokenizer_hash(tokenizer: Any,  # of transformers, or alike
+                  ) -> str:  # 64 hex digits
     "Hash all that decides how a tokenizer cuts."
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -158,7 +159,8 @@ def content_hash(renderings: Sequence[Rendering], tokenizer: Any,  # n rows, and
 # %% ../../nbs/data/374_encoding.ipynb #cache
 FIELDS = {"ids": np.int32, "learn": np.bool_, "start": np.int64, "prefix": np.bool_, "ends": np.bool_}
 
-def load_encoded(path: Path) -> Encoded | None:  # None where there is no whole file
+def load_encoded(path: Path,  # of a file that `encode_cached` wrote
+                ) -> Encoded | None:  # None where there is no whole file
     "Read an encoding, if it is there and sound."
     try:
         with np.load(path, allow_pickle=False) as file: e = Encoded(**{name: file[name] for name in FIELDS})

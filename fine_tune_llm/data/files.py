@@ -56,7 +56,8 @@ def check_how(how: How,  # as a caller gave it
 ENDINGS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".json": "jsonl", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt", ".text": "txt",
            ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
 
-def ending(path: Path) -> str:  # of `FORMATS`, or "" if the name says nothing
+def ending(path: Path,  # only its name is read
+          ) -> str:  # of `FORMATS`, or "" if the name says nothing
     "Read the format off a name, below the ending of an archive."
     inner = [s.lower() for s in path.suffixes if s.lower() not in (".gz", ".zst", ".zip")]
     return ENDINGS.get(inner[-1], "") if inner else ""
@@ -212,13 +213,15 @@ PARTS = {"train": "train", "training": "train", "valid": "validation", "validati
          "test": "test", "eval": "test", "calibration": "calibration"}
 ASIDE = ("dataset_info.json", "dataset_infos.json", "state.json", "README.txt", "LICENSE.txt")  # in folders of datasets, no rows
 
-def split_of(path: Path) -> str:  # "train", "test", ... or "" if the name says nothing
+def split_of(path: Path,  # only its name is read
+            ) -> str:  # "train", "test", ... or "" if the name says nothing
     "Read off a name which part of a benchmark a file is."
     words = re.findall("[a-z]+", path.stem.lower())
     return next((PARTS[w] for w in words if w in PARTS), "")
 
 # %% ../../nbs/data/305_files.ipynb #files-of
-def files_of(source: str | Path) -> list[Path]:  # at least one
+def files_of(source: str | Path,  # path, folder, or pattern such as data/*.csv
+            ) -> list[Path]:  # at least one
     "List the files that a path, a folder or a pattern stands for; raise DataError for none, or several splits."
     path = Path(source)
     if path.is_dir(): found = sorted(p for p in path.rglob("*") if p.is_file() and ending(p) and p.name not in ASIDE

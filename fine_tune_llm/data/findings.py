@@ -45,7 +45,8 @@ PRIVATE: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
 HINT = re.compile(r"@|\d(?:\D{0,3}\d){3}|AKIA|gh[pousr]_|sk-|-----BEGIN", re.ASCII)  # what no private text lacks
 
 # %% ../../nbs/data/350_findings.ipynb #mask
-def private(text: str) -> list[str]:  # kinds, e.g. ["e-mail address"]
+def private(text: str,  # any
+           ) -> list[str]:  # kinds, e.g. ["e-mail address"]
     "Name the kinds of private detail in a text."
     if not HINT.search(text): return []
     return [kind for kind, (p, check) in PRIVATE.items() if any(check(m[0]) for m in p.finditer(text))]
@@ -152,7 +153,8 @@ def role(name: str | None,  # asked for; None to look for a usual one
     raise DataError(what, source, f"use one of: {', '.join(map(repr, found[:12]))}")
 
 # %% ../../nbs/data/350_findings.ipynb #flat
-def flat(value: Any) -> Any:  # a text where the value is a conversation, else the value
+def flat(value: Any,  # as read
+        ) -> Any:  # a text where the value is a conversation, else the value
     "Join the turns of a conversation."
     if not (isinstance(value, (list, np.ndarray)) and len(value) and all(isinstance(m, Mapping) for m in value)): return value
     return "\n".join(str(m.get("content", m.get("value", ""))) for m in value)

@@ -45,7 +45,8 @@ def decimal(digits: str,  # as JSON writes them, with point or exponent
     return number
 
 # %% ../../nbs/data/304_jsonlines.ipynb #constant
-def constant(name: str) -> None:  # NaN is a missing value
+def constant(name: str,  # "NaN", "Infinity" or "-Infinity"
+            ) -> None:  # NaN is a missing value
     "Read what JSON does not have; raise ValueError for Infinity."
     if name != "NaN": raise ValueError("a number beyond a double")
 
@@ -53,7 +54,8 @@ def constant(name: str) -> None:  # NaN is a missing value
 DECODER = json.JSONDecoder(object_pairs_hook=once, parse_int=whole, parse_float=decimal, parse_constant=constant)
 BLANK = " \t\r\n"
 
-def parse(text: str) -> tuple[Any, str]:  # the value, and what is wrong with it or ""
+def parse(text: str,  # one value, with nothing behind it
+         ) -> tuple[Any, str]:  # the value, and what is wrong with it or ""
     "Parse one JSON value."
     try: value = DECODER.decode(text)
     except RecursionError: return None, "nested too deeply"
@@ -62,7 +64,8 @@ def parse(text: str) -> tuple[Any, str]:  # the value, and what is wrong with it
     return value, half_pair(value) if "\\ud" in text or "\\uD" in text else ""
 
 # %% ../../nbs/data/304_jsonlines.ipynb #half-pair
-def half_pair(value: Any) -> str:  # "" if it can be written as UTF-8
+def half_pair(value: Any,  # as parsed
+             ) -> str:  # "" if it can be written as UTF-8
     "Name half a surrogate pair in a value."
     try: json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError: return "half of a surrogate pair"
@@ -70,13 +73,15 @@ def half_pair(value: Any) -> str:  # "" if it can be written as UTF-8
     return ""
 
 # %% ../../nbs/data/304_jsonlines.ipynb #one
-def not_object(value: Any) -> str:  # "" for an object
+def not_object(value: Any,  # as parsed
+              ) -> str:  # "" for an object
     "Name a JSON value that is no object."
     names = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
     return "" if isinstance(value, dict) else f"{names.get(type(value), 'null')}, not an object"
 
 # %% ../../nbs/data/304_jsonlines.ipynb #read-line
-def read_line(line: bytes) -> tuple[dict[str, Any], str]:  # the object, and what is wrong with it or ""
+def read_line(line: bytes,  # with or without its end
+             ) -> tuple[dict[str, Any], str]:  # the object, and what is wrong with it or ""
     "Parse a line that should hold an object."
     try: text = line.decode()
     except UnicodeDecodeError as e: return {}, f"byte {line[e.start]:#04x} is not UTF-8"
@@ -104,7 +109,8 @@ def careful(block: bytes,  # whole lines
 # %% ../../nbs/data/304_jsonlines.ipynb #fast
 SIMPLE = (pa.string(), pa.int64(), pa.float64(), pa.bool_())
 
-def one_a_line(block: bytes) -> int:  # lines; 0 if objects may share or span lines
+def one_a_line(block: bytes,  # whole lines
+              ) -> int:  # lines; 0 if objects may share or span lines
     "Count lines, if every newline stands between two objects."
     if b"\r" in block:
         block = block.replace(b"\r\n", b"\n")
@@ -199,13 +205,15 @@ def next_item(text: str,  # of the array, as far as it was read
     return (value, why, end, False) if follows < len(text) and text[follows] in ",]" else None
 
 # %% ../../nbs/data/304_jsonlines.ipynb #skip
-def skip(text: str, at: int) -> int:  # position of the next character that is not blank
+def skip(text: str, at: int,  # any, and where to begin, from 0
+        ) -> int:  # position of the next character that is not blank
     "Pass over blanks."
     while at < len(text) and text[at] in BLANK: at += 1
     return at
 
 # %% ../../nbs/data/304_jsonlines.ipynb #past
-def past(text: str, start: int) -> int:  # end of a value that is JSON and breaks a rule of ours; of the text where it may go on
+def past(text: str, start: int,  # of the array, and where a value begins in it
+        ) -> int:  # end of a value that is JSON and breaks a rule of ours; of the text where it may go on
     "Find the end of a value without judging it."
     try: return json.JSONDecoder(parse_int=str).raw_decode(text, start)[1]
     except ValueError: return len(text)

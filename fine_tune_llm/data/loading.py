@@ -81,7 +81,8 @@ def settle(frame: pd.DataFrame,  # of `fields`
     return frame[stay].reset_index(drop=True), frame[~stay], [n for n in done.notes if not n.startswith("Rows set aside")]
 
 # %% ../../nbs/data/325_loading.ipynb #spellings
-def spellings(names: Sequence[str]) -> list[list[str]]:  # groups of at least two names that look alike
+def spellings(names: Sequence[str],  # with repeats or not
+             ) -> list[list[str]]:  # groups of at least two names that look alike
     "Group names that differ in case, blanks or invisible characters alone."
     alike: dict[str, list[str]] = {}
     for name in sorted(set(names)):
@@ -115,7 +116,8 @@ def some(values: Any,  # strings
 # %% ../../nbs/data/325_loading.ipynb #notes
 def findings(frame: pd.DataFrame,  # rows that stay
              aside: pd.DataFrame,  # rows set aside
-             labels: Labels) -> list[str]:  # one sentence each
+             labels: Labels,  # the K classes
+            ) -> list[str]:  # one sentence each
     "State what is odd about rows that are nevertheless used."
     copies, torn = int(frame["id"].duplicated().sum()), frame.groupby("id")["label"].nunique()
     torn, notes = torn[torn > 1], []
@@ -129,7 +131,8 @@ def findings(frame: pd.DataFrame,  # rows that stay
     return notes
 
 # %% ../../nbs/data/325_loading.ipynb #reading-notes
-def reading_notes(rows: Rows) -> list[str]:  # one sentence each
+def reading_notes(rows: Rows,  # from `sourced`
+                 ) -> list[str]:  # one sentence each
     "State what was inferred and what was set aside while reading."
     if not rows.quarantine: return list(rows.notes)
     shown = "; ".join(map(str, rows.quarantine[:3])) + ("; ..." if len(rows.quarantine) > 3 else "")
@@ -137,7 +140,8 @@ def reading_notes(rows: Rows) -> list[str]:  # one sentence each
 
 # %% ../../nbs/data/325_loading.ipynb #check
 def check_sides(frame: pd.DataFrame,  # rows with a final side
-                labels: Labels, wanted: Sequence[str]) -> None:  # names of splits that must hold rows
+                labels: Labels, wanted: Sequence[str],  # the K classes, and names of splits that must hold rows
+               ) -> None:
     "Raise DataError for a class that train lacks, and for an empty split."
     lacking = [n for n in labels if n not in set(frame["label"][frame["side"] == "train"])]
     if lacking:

@@ -144,7 +144,8 @@ def class_plot(counts: Sequence[int],  # rows per class, the largest first
     desc = f"{len(counts)} classes with {num(max(counts), 0)} down to {num(min(counts), 0)} rows."
     return Plot("Rows per class", desc, (0, len(counts)), (0, top), height=110).yaxis(0, 2).bars(range(len(counts) + 1), counts, "blue")
 
-def html_report(r: DataReport) -> str:  # HTML
+def html_report(r: DataReport,  # from `check_data`
+               ) -> str:  # HTML without its style sheet
     "Write a report as figures."
     found = grid(("", "check", "found", "where", "what to do"), map(finding_row, r.findings)) if r.findings else ""
     sizes = size_rows(r)
@@ -161,7 +162,8 @@ def html_report(r: DataReport) -> str:  # HTML
 # %% ../../nbs/data/358_report.ipynb #run-checks
 def all_findings(table: Table,  # from `table_of`
                  n: np.ndarray, unit: str,  # length per row, and in what
-                 max_length: int | None, near: float | None) -> list[Finding]:  # as in check_data
+                 max_length: int | None, near: float | None,  # as in `check_data`
+                ) -> list[Finding]:  # the worst first
     "Run every check on a table."
     if not len(table): return [Finding("no rows", "stop", 0, "There are no rows.", "give a file with rows")]
     g = grades(table, near)
@@ -170,7 +172,8 @@ def all_findings(table: Table,  # from `table_of`
              check_lengths(table, n, unit, max_length), check_damage(table), check_scripts(table), check_private(table)]
     return sorted((f for part in found for f in part), key=lambda f: SEVERITIES.index(f.severity))
 
-def tally(values: Sequence[Any]) -> dict[str, int]:  # value -> rows, the most frequent first
+def tally(values: Sequence[Any],  # labels or groups, as read
+         ) -> dict[str, int]:  # value -> rows, the most frequent first
     "Count values, but for missing ones."
     return dict(Counter(v for v in named(values) if v is not None).most_common())
 

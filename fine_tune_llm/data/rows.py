@@ -109,7 +109,8 @@ def locate(rows: Rows,  # from `read_rows`
 # %% ../../nbs/data/300_rows.ipynb #decoded
 AS_JSON = {b"kept as": b"JSON"}  # metadata of a column whose values are kept as JSON text
 
-def is_json(field: Any) -> bool:  # of a pyarrow.Field
+def is_json(field: Any,  # a pyarrow.Field
+           ) -> bool:
     "Tell whether a column holds JSON text for values of several types."
     return (field.metadata or {}).get(b"kept as") == b"JSON"
 

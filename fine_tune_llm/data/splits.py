@@ -22,12 +22,14 @@ from ..core.errors import ConfigurationError
 from ..core.labels import Labels
 
 # %% ../../nbs/data/310_splits.ipynb #normalise
-def normalise(text: str) -> str:  # the same words, folded; for comparing, never for training
+def normalise(text: str,  # as written
+             ) -> str:  # the same words, folded; for comparing, never for training
     "Fold compatibility forms, case and blanks."
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 # %% ../../nbs/data/310_splits.ipynb #row-id
-def row_id(text: str) -> str:  # 16 hex digits
+def row_id(text: str,  # as written
+          ) -> str:  # 16 hex digits
     "Hash what a text says (SHA-256)."
     return sha256(normalise(text).encode()).hexdigest()[:16]
 
@@ -77,7 +79,8 @@ class Split:
     def __repr__(self) -> str: return f"Split({self.name}, {len(self)} rows)"
 
 # %% ../../nbs/data/310_splits.ipynb #fingerprint
-def fingerprint(splits: Sequence[Split]) -> str:  # 64 hex digits
+def fingerprint(splits: Sequence[Split],  # in their order
+               ) -> str:  # 64 hex digits
     "Hash which row stands where, with which label (SHA-256)."
     h = sha256()
     for s in splits:
@@ -90,7 +93,8 @@ PURPOSES = {"train": "fits the weights", "validation": "chooses the model, the t
             "calibration": "carries guarantees: thresholds, certificates", "test": "is read once, for the report",
             "shift": "shows what happens elsewhere or later; nothing is promised on it"}
 
-def table(splits: Sequence[Split]) -> pd.DataFrame:  # one row per split
+def table(splits: Sequence[Split],  # in the order of the rows to give
+         ) -> pd.DataFrame:  # one row per split
     "Count rows and classes of each split, and say what it is for."
     rows = []
     for s in splits:

@@ -44,12 +44,14 @@ def strip_html(text: str,  # HTML, or text in which no < opens a tag
     return html.unescape(re.sub(r"</?[A-Za-z][^<>]*>", " ", text))
 
 # %% ../../nbs/data/380_steps.ipynb #pii
-def luhn(digits: str) -> bool:  # True for a number that can be a card's
+def luhn(digits: str,  # with blanks or dashes between them, or not
+        ) -> bool:  # True for a number that can be a card's
     "Check the sum of a card number (ISO/IEC 7812-1, annex B)."
     doubled = [int(d) * (1 + i % 2) for i, d in enumerate(reversed(re.sub(r"\D", "", digits)))]
     return sum(d - 9 * (d > 9) for d in doubled) % 10 == 0
 
-def iban(account: str) -> bool:  # True for a number that can be an account's
+def iban(account: str,  # two letters, two digits, then letters and digits; blanks are passed over
+        ) -> bool:  # True for a number that can be an account's
     "Check the remainder of an account number (ISO 13616: modulo 97)."
     plain = re.sub(r"\s", "", account).upper()
     return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
@@ -83,7 +85,8 @@ def mask_pii(text: str,  # in any language; shapes count, not words
 # %% ../../nbs/data/380_steps.ipynb #augment
 def some_places(n: int,  # places there are
                 share: float,  # of them to choose, from 0 to 1
-                rng: random.Random) -> list[int]:  # distinct, in order
+                rng: random.Random,  # of this row
+               ) -> list[int]:  # distinct, in order
     "Choose places, at least one where there is one."
     return sorted(rng.sample(range(n), min(n, max(1, round(share * n))))) if n > 0 else []
 

@@ -24,14 +24,16 @@ from .rows import AS_JSON, BadRow, Rows, decoded, is_json, refuse, runs
 # %% ../../nbs/data/301_tables.ipynb #plain
 PLAIN = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 
-def plain(value: Any) -> Any:  # None for a missing value of NumPy or pandas
+def plain(value: Any,  # of any type
+         ) -> Any:  # None for a missing value of NumPy or pandas
     "Turn a value of NumPy or pandas into one of Python."
     if hasattr(value, "tolist"): value = value.tolist()
     return None if type(value).__name__ in ("NAType", "NaTType") or isinstance(value, float) and value != value else value
 
 # %% ../../nbs/data/301_tables.ipynb #as-json
 def as_json(name: str,  # of the column, for messages
-            values: Sequence[Any]) -> tuple[Any, Any]:  # pyarrow.Field, pyarrow.Array of strings
+            values: Sequence[Any],  # n Python values, None where missing
+           ) -> tuple[Any, Any]:  # pyarrow.Field, pyarrow.Array of strings
     "Keep values as JSON text; raise DataError for one that JSON cannot hold."
     def text(value: Any) -> str:
         try: return json.dumps(value, ensure_ascii=False)
@@ -160,7 +162,9 @@ class Store:
     writer: Any = None  # of the last of them
     schema: Any = None  # of the last of them
 
-    def add(self, table: Any) -> None:  # pyarrow.Table
+    def add(self,
+            table: Any,  # pyarrow.Table
+           ) -> None:
         "Take one more table."
         self.tables.append(table)
         self.size += table.nbytes
@@ -171,7 +175,9 @@ class Store:
         for table in self.tables: self.write(table)
         self.tables, self.size = [], 0
 
-    def write(self, table: Any) -> None:  # pyarrow.Table
+    def write(self,
+              table: Any,  # pyarrow.Table
+             ) -> None:
         "Append to the open file, or to a new one if the schema has changed."
         if self.writer is None or not table.schema.equals(self.schema, check_metadata=True):
             self.close()
@@ -195,12 +201,14 @@ class Store:
         self.paths = []
 
 # %% ../../nbs/data/301_tables.ipynb #mapped
-def mapped(path: str) -> Any:  # pyarrow.Table
+def mapped(path: str,  # of a file of Arrow's own format
+          ) -> Any:  # pyarrow.Table
     "Open an Arrow file without reading it into memory."
     return pa.ipc.open_file(pa.memory_map(path)).read_all()
 
 # %% ../../nbs/data/301_tables.ipynb #joined
-def joined(store: Store) -> Any:  # pyarrow.Table
+def joined(store: Store,  # with any number of tables
+          ) -> Any:  # pyarrow.Table
     "Join all tables of a store into one; this ends the store."
     if not store.paths:
         return pa.concat_tables([conform(t, schema) for t in store.tables]) if store.tables and (schema := unify([t.schema for t in store.tables])) \

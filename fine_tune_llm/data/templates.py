@@ -63,7 +63,8 @@ def from_pieces(name: str,  # for reports
     return Template(name, lambda row, tokenizer: join_pieces(pieces(row), ends), {"name": name, "ends": ends, **(recipe or {})})
 
 # %% ../../nbs/data/372_templates.ipynb #fill
-def gaps(pattern: str) -> list[str]:  # names of the columns
+def gaps(pattern: str,  # text with {column} gaps
+        ) -> list[str]:  # names of the columns
     "List the columns that a pattern names."
     return [name for _, name, _, _ in Formatter().parse(pattern) if name is not None]
 
@@ -112,7 +113,8 @@ PLAIN = ("{% for m in messages %}{{ m.role.capitalize() }}:{{ ' ' + m.content }}
          "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
 
 def chat_marks(turns: Sequence[Mapping[str, Any]], tokenizer: Any,  # a conversation, and a tokenizer of transformers
-               style: str | None) -> tuple[tuple[int, ...], tuple[int, ...]]:  # (token ids, 1 where the assistant speaks)
+               style: str | None,  # a Jinja template, or None for the tokenizer's
+              ) -> tuple[tuple[int, ...], tuple[int, ...]]:  # (token ids, 1 where the assistant speaks)
     "Ask a chat template with {% generation %} which tokens are the assistant's."
     found = tokenizer.apply_chat_template(turns, chat_template=style, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     return tuple(found["input_ids"]), tuple(found["assistant_masks"])

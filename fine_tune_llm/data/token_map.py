@@ -53,7 +53,8 @@ class TokenMap:
     def _repr_html_(self) -> str: return styled(draw_map(self))
 
 # %% ../../nbs/data/375_token_map.ipynb #runs
-def group_runs(row: TokenMap) -> list[tuple[str, list[str]]]:  # (fate, neighbouring tokens that share it)
+def group_runs(row: TokenMap,  # in the order of its tokens
+              ) -> list[tuple[str, list[str]]]:  # (fate, neighbouring tokens that share it)
     "Group neighbours of one fate."
     return [(FATES[int(k)], [t for t, _ in pairs]) for k, pairs in groupby(zip(row.tokens, row.fates), key=lambda p: p[1])]
 

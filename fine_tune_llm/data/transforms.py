@@ -100,7 +100,8 @@ def candidates(data: Data,  # its train split counts
 
 # %% ../../nbs/data/382_transforms.ipynb #aside
 def set_aside(found: pd.DataFrame,  # of `candidates`
-              data: Data) -> pd.DataFrame:  # the same rows, with a column `key` and their final outcome
+              data: Data,  # before the recipe; its other splits count
+             ) -> pd.DataFrame:  # the same rows, with a column `key` and their final outcome
     "Give rows that must not be trained on the reason as their outcome."
     others = {row_id(t): s.name for s in data.parts[1:] for t in s.texts}
     own: set[str] = set()

@@ -31,7 +31,8 @@ from .token_map import FATES, TokenMap, draw_map, token_text
 # %% ../../nbs/data/378_truth.ipynb #table
 def row_table(e: Encoded, fates: np.ndarray,  # uint8 [T]
               gone: np.ndarray,  # bool [T], True where a token is cut
-              tokenizer: Any) -> pd.DataFrame:  # one row per row
+              tokenizer: Any,  # that gave the ids; knows BOS and end tokens
+             ) -> pd.DataFrame:  # one row per row
     "Count what happens to each row."
     counts = {name: count_true(fates == k, e.start) for k, name in enumerate(FATES)}
     learned = e.learn & ~gone
@@ -98,7 +99,8 @@ def summarise(truth: DataTruth,  # from `data_truth`, at least one row
             "percentile_99": int(np.percentile(t["tokens"], 99, method="higher"))}
 
 # %% ../../nbs/data/378_truth.ipynb #read-examples
-def read_examples(truth: DataTruth) -> Iterator[dict[str, list[int]]]:  # input_ids and labels, per kept row
+def read_examples(truth: DataTruth,  # from `data_truth`
+                 ) -> Iterator[dict[str, list[int]]]:  # input_ids and labels, per kept row
     "Give the rows that are trained on."
     for i in np.flatnonzero(truth.table["kept"]):
         ids, fates = (v[truth.start[i]:truth.start[i + 1]] for v in (truth.ids, truth.fates))
@@ -152,7 +154,8 @@ def map_row(truth: DataTruth,  # from `data_truth`
     return TokenMap(f"{truth.rows.name}, {at(truth.rows, [i])}: {state}, {r['supervised']} of {r['tokens']} tokens supervised", tokens, truth.fates[cut], tuple(notes))
 
 # %% ../../nbs/data/378_truth.ipynb #draw
-def draw_truth(truth: DataTruth) -> str:  # HTML
+def draw_truth(truth: DataTruth,  # from `data_truth`
+              ) -> str:  # HTML
     "Draw the finding, the counts, and two rows: the first that is in trouble and the first that is not."
     good = truth.table["kept"] & ~truth.table["answer_cut"]
     chosen = sorted(int(m.to_numpy().argmax()) for m in (good, ~good) if m.any())
@@ -162,7 +165,8 @@ def draw_truth(truth: DataTruth) -> str:  # HTML
     return figure(headline(truth), counts_line(truth), f"<ul>{notices}</ul>" if notices else "", counts) + rows
 
 # %% ../../nbs/data/378_truth.ipynb #notices
-def find_notices(truth: DataTruth) -> list[str]:  # one sentence each
+def find_notices(truth: DataTruth,  # from `data_truth`
+                ) -> list[str]:  # one sentence each
     "Say what is odd about data that can be used."
     t, told, token = truth.table, [], truth.tokenizer
     open_ends = np.flatnonzero(t["end_wanted"] & t["kept"] & ~t["end_supervised"] & ~t["answer_cut"])
@@ -204,12 +208,15 @@ def as_rows(source: Any,  # a `Split`, or anything that `read_source` takes
     return replace(from_memory([{"text": t, "label": n} for t, n in zip(source.texts, names)]), name=source.name)
 
 # %% ../../nbs/data/378_truth.ipynb #choices
-def check_choice(**chosen: tuple[str, Sequence[str]]) -> None:  # argument -> (value, allowed values)
+def check_choice(**chosen: tuple[str, Sequence[str]],  # argument -> (value, allowed values)
+                ) -> None:
     "Raise ConfigurationError for a word that is not among those allowed."
     for name, (value, allowed) in chosen.items():
         if value not in allowed: raise ConfigurationError(f"no {name}={value!r}", fix=f"use one of {', '.join(map(repr, allowed))}")
 
-def longest_allowed(tokenizer: Any, max_length: int | None) -> int | None:  # None: no limit
+def longest_allowed(tokenizer: Any,  # its own limit counts where nothing else is said
+                    max_length: int | None,  # tokens; None: the tokenizer's limit
+                   ) -> int | None:  # None: no limit
     "Settle how many tokens a row may keep; raise ConfigurationError for less than one."
     if max_length is None: return int(tokenizer.model_max_length) if tokenizer.model_max_length < 10**6 else None
     if max_length < 1: raise ConfigurationError(f"max_length={max_length} leaves no token", fix="pass at least 1, or None for the model's own limit")
