@@ -71,7 +71,7 @@ def low_coverage(run: Run,  # its last event with coverage, promised and n
                  now: float,  # seconds since 1970; not needed here
                 ) -> tuple[int, str] | None:  # step and sentence where an exact binomial test gives p < 0.01
     "Tell of prediction sets that miss more often than promised."
-    told = [e for e in run.events() if {"coverage", "promised", "n"} <= e.keys()]
+    told = [e for e in run.events() if all(isinstance(e.get(name), (int, float)) for name in ("coverage", "promised", "n"))]
     if not told: return None
     e = told[-1]
     n, p = int(e["n"]), float(e["promised"])

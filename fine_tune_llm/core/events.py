@@ -169,13 +169,13 @@ def summary_rows(name: str,  # of the run
     return out
 
 # %% ../../nbs/core/026_events.ipynb #summarize
-def summarize_runs(runs: str | Path | Mapping[str, Any] | Sequence[Any],  # a folder of runs, or runs and their folders, by name or in order
+def summarize_runs(runs: str | Path | Run | Mapping[str, Any] | Sequence[Any],  # a folder of runs, a run, or runs and their folders, by name or in order
                    per: str = "run",  # "run", "run and day" or "day": what a row stands for
                   ) -> Any:  # pandas DataFrame with the columns COLUMNS, or those that can be added up over runs
     "Sum runs up in one small table; raise ConfigurationError for an unknown `per` or a name that occurs twice."
     import pandas as pd
     if per not in PER: raise ConfigurationError(f"no table per {per!r}", fix=f"pass one of {', '.join(map(repr, PER))}")
-    if isinstance(runs, (str, Path)): runs = find_runs(runs)
+    if isinstance(runs, (str, Path, Run)): runs = find_runs(runs.path if isinstance(runs, Run) else runs)
     named = runs if isinstance(runs, Mapping) else {Path(getattr(r, "path", r)).name: r for r in runs}
     if len(named) < len(runs): raise ConfigurationError("two runs have the same name", fix="give a dictionary of names and runs")
     rows = [r for name, run in named.items() for r in summary_rows(str(name), run if isinstance(run, Run) else Run.attach(run), per != "run")]
