@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INLINE', 'PII', 'CLEANING', 'AUGMENTING', 'nfc', 'squeeze_blanks', 'strip_html', 'luhn', 'iban', 'hide', 'mask_pii',
-           'some_places', 'drop_words', 'swap_letters', 'Step', 'Recipe', 'try_step', 'recipe', 'clean_text']
+           'some_places', 'drop_words', 'swap_letters', 'Step', 'Recipe', 'try_step', 'as_step', 'recipe', 'clean_text']
 
 # %% ../../nbs/data/380_steps.ipynb #imports
 import html
@@ -87,7 +87,8 @@ def some_places(n: int,  # places there are
                 share: float,  # of them to choose, from 0 to 1
                 rng: random.Random,  # of this row
                ) -> list[int]:  # distinct, in order
-    "Choose places, at least one where there is one."
+    "Choose places, at least one where there is one; raise ValueError for a share outside 0 to 1."
+    if not 0 <= share <= 1: raise ValueError(f"share is from 0 to 1, got {share}")
     return sorted(rng.sample(range(n), min(n, max(1, round(share * n))))) if n > 0 else []
 
 # %% ../../nbs/data/380_steps.ipynb #drop
@@ -152,18 +153,26 @@ class Recipe:
 # %% ../../nbs/data/380_steps.ipynb #make
 def try_step(step: Step,  # refused if its name or a setting is unknown
             ) -> None:
-    "Run a step on a word; raise ConfigurationError for an unknown step or setting."
+    "Run a step on two words; raise ConfigurationError for an unknown step or setting."
     known = [*CLEANING, *AUGMENTING, *(p.name for p in plugins("step"))]
     if step.name not in known: raise ConfigurationError(f"no step {step.name!r}", fix=f"use some of {', '.join(known)}")
-    try: step.function()("word", **({"rng": random.Random(0)} if step.adds else {}), **step.options)
+    try: step.function()("two words", **({"rng": random.Random(0)} if step.adds else {}), **step.options)
     except (TypeError, ValueError) as e: raise ConfigurationError(f"the step {step.name!r} does not take {dict(step.options)}: {e}", fix="see its settings") from None
+
+# %% ../../nbs/data/380_steps.ipynb #as-step
+def as_step(given: Any,  # a name, or a pair of a name and its settings
+           ) -> Step:
+    "Make a step of what a caller gave; raise ConfigurationError for anything else."
+    pair = (given, {}) if isinstance(given, str) else given
+    if isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Mapping): return Step(pair[0], dict(pair[1]))
+    raise ConfigurationError(f"{given!r} is no step", fix='pass a name, or a pair such as ("drop_words", {"share": 0.1})')
 
 # %% ../../nbs/data/380_steps.ipynb #make-recipe
 def recipe(*steps: Any,  # names, or pairs of a name and its settings
            seed: int = 0,  # of the augmentation
           ) -> Recipe:
     "Make a recipe; raise ConfigurationError for what cannot be run."
-    made = tuple(Step(s) if isinstance(s, str) else Step(s[0], dict(s[1])) for s in steps)
+    made = tuple(map(as_step, steps))
     for step in made: try_step(step)
     if any(a.adds and not b.adds for a, b in zip(made, made[1:])):
         raise ConfigurationError("a cleaning step stands behind an augmentation", where=", ".join(s.name for s in made), fix="put cleaning first")
