@@ -1,4 +1,4 @@
-"""What few callers meet: a shift sample beside a second file, the same line number in two files, no rows at all, an event after the last, a listener ahead of its run."""
+"""What few callers meet: a shift sample beside a second file, the same line number in two files, no rows at all, an event after the last, a word where a list is meant."""
 import json
 import threading
 from xml.etree import ElementTree
@@ -8,13 +8,14 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fine_tune_llm.core.errors import ConfigurationError, DataError
-from fine_tune_llm.core.events import follow_events
-from fine_tune_llm.core.labels import Labels
+from fine_tune_llm.core.alerts import check_alerts, low_coverage
+from fine_tune_llm.core.errors import ConfigurationError, DataError, RunError
+from fine_tune_llm.core.events import follow_events, summarize_runs
+from fine_tune_llm.core.labels import Labels, load_labels
 from fine_tune_llm.core.runs import Run, status
 from fine_tune_llm.data.loading import load_data
 from fine_tune_llm.data.report import check_data
-from fine_tune_llm.data.splits import Split
+from fine_tune_llm.data.splits import Split, row_id
 from fine_tune_llm.data.steps import recipe
 from fine_tune_llm.data.transforms import transform
 from fine_tune_llm.data.truth import data_truth
@@ -97,3 +98,73 @@ def test_a_listener_ahead_of_its_run_waits(tmp_path):
     asked: list[int] = []
     assert [e["event"] for e in follow_events(run, start=2, pause=0.001, ended=ended)] == ["run_finished"]
     thread.join()
+
+
+@pytest.mark.parametrize("text, told", [
+    ("names: refund", "no list of names"), ("names:", "no list of names"), ("names: {a: 1}", "no list of names"), ("names: [a, [b]]", "no list of names"),
+    ("names: [a, b]\nharm: [a]", "harm: "), ("names: [a, b]\nharm: {a: high}", "harm: "), ("names: [a, b]\nharm: {a: -1}", "0 or more"),
+    ("names: [a, b]\nharm: {a: .nan}", "harm: "), ("names: [a, b]\nharm: {a: nan}", "0 or more"), ("names: [a, b]\nharm: {c: 2}", "no label 'c'"),
+    ("names: [a, b]\ncritical: 5", "critical: "), ("names: [a, b]\ncritical: [{class: a, answer: b, cost: inf}]", "0 or more"),
+    ("names: [a, b]\ncritical: [{class: [a], answer: b, cost: 1}]", "critical: "), ("names: [a, b]\ndescription: [x]", "description: "),
+    (b"\xff\xfe\x00", "cannot read labels"), ("names: [a, a]", "distinct"), ("[" * 5000, "cannot read labels"), ("names: !!python/object:os.system [a]", "two distinct")])
+def test_a_labels_file_that_is_wrong_says_where(tmp_path, text, told):
+    (tmp_path / "labels.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigurationError) as e: load_labels(tmp_path / "labels.yaml")
+    assert told in str(e.value) and "labels.yaml" in str(e.value)
+
+
+def test_names_of_classes_are_taken_as_they_are_written(tmp_path):
+    "YAML reads no as a truth value, 010 as eight and 1e3 as a number; as names of classes they are none of these."
+    (tmp_path / "labels.yaml").write_text("names: [yes, no, 010, 1e3, null]\nharm: {no: 2, 010: 3}\ncritical: ~\n", encoding="utf-8-sig")
+    labels = load_labels(tmp_path / "labels.yaml")
+    assert labels.names == ("yes", "no", "010", "1e3", "null") and labels.harm == (("no", 2.0), ("010", 3.0)) and labels.critical == ()
+
+
+@pytest.mark.parametrize("line", ["5", "null", "[]", "{}", '{"time": 1}'])
+def test_a_line_that_is_no_event_names_its_line(tmp_path, line):
+    for name in ("events.jsonl", "control.jsonl"):
+        run = Run.create(tmp_path / name)
+        with open(run.path / name, "a") as f: f.write(line + "\n")
+        with pytest.raises(RunError, match=f"{name}, line 1"): run.status  # noqa: B018
+
+
+def test_alerts_pass_over_what_is_no_number(tmp_path):
+    run = Run.create(tmp_path / "run")
+    run.log("run_started")
+    run.log("evaluated", coverage=.5, promised=.9, n=100)
+    for values in ({"coverage": float("nan"), "promised": .9, "n": 100}, {"coverage": .5, "promised": None, "n": 100}): run.log("evaluated", **values)
+    assert [a.rule for a in check_alerts(run, [low_coverage])] == ["low_coverage"]
+
+
+def test_one_run_is_a_table_of_one_row(tmp_path):
+    run = Run.create(tmp_path / "only")
+    assert summarize_runs(run)["run"].tolist() == ["only"] == summarize_runs([run])["run"].tolist()
+
+
+@pytest.mark.parametrize("step", [("nfc",), 3, ("mask_pii", ["email"]), {"nfc": {}}, (), None, ("nfc", {}, 1), (3, {})])
+def test_what_is_no_step_is_refused(step):
+    with pytest.raises(ConfigurationError, match="is no step"): recipe("nfc", step)
+
+
+@pytest.mark.parametrize("name", ["drop_words", "swap_letters"])
+@pytest.mark.parametrize("share", [7, -1, float("nan"), "much"])
+def test_a_share_is_from_0_to_1(name, share):
+    with pytest.raises(ConfigurationError, match="does not take"): recipe((name, {"share": share}))
+
+
+def test_a_name_where_a_list_of_names_is_meant():
+    rows = [{"text": f"message {i}", "label": "ab"[i % 2]} for i in range(60)]
+    with pytest.raises(ConfigurationError, match=r"groups must be a list of columns.*groups=\['label'\]"): load_data(rows, groups="label")
+    with pytest.raises(ConfigurationError, match="labels must be a list of names"): load_data(rows, labels="ab")
+    with pytest.raises(ConfigurationError, match="examples=-1"): check_data(rows, examples=-1)
+
+
+def test_a_ledger_with_an_unknown_split():
+    rows = [{"text": f"message {i}", "label": "ab"[i % 2]} for i in range(60)]
+    with pytest.raises(DataError, match="'nowhere' is no split"): load_data(rows, ledger={row_id(rows[3]["text"]): "nowhere"})
+
+
+@pytest.mark.parametrize("weight", ["high", None, -1, float("nan"), float("inf")])
+def test_a_weight_is_a_number(weight):
+    with pytest.raises(ConfigurationError, match="the weight of a is"): Labels(("a", "b"), harm=(("a", weight),))
+    assert Labels(("a", "b"), harm=(("a", np.float32(2)), ("b", np.int64(0)))).harm[1] == ("b", 0)

@@ -113,7 +113,9 @@ def fix_given(given: Sequence[str],  # a key of RANK per row
 def fix_ledger(ledger: Mapping[str, str],  # id -> split, of an earlier deal
                ids: Sequence[str], unit: np.ndarray,  # id and unit number per row
               ) -> tuple[np.ndarray, np.ndarray]:  # (a split or "" per unit, a split, "" or "aside" per row)
-    "Leave known rows where they were, and let newcomers follow them."
+    "Leave known rows where they were, and let newcomers follow them; raise DataError for an unknown split."
+    strange = sorted(set(ledger.values()) - {*SPLITS, "shift"})
+    if strange: raise DataError(f"{strange[0]!r} is no split", "ledger", f"use {', '.join(SPLITS)} or shift")
     known = pd.Series([ledger.get(i) for i in ids], dtype=object)
     frame = pd.DataFrame({"unit": unit, "known": known}).dropna()
     sides = frame.groupby("unit")["known"].agg(["first", "nunique"]).reindex(range(unit.max() + 1 if len(unit) else 0))

@@ -222,6 +222,7 @@ def table_of(data: Any,  # Data, Split, a mapping of names to sources, or one so
             ) -> Table:
     "Take the columns of anything that holds rows; raise DataError if one is not there, ConfigurationError for groups as one text."
     if isinstance(groups, str): raise ConfigurationError(f"groups must be a list of columns, got {groups!r}", fix=f"pass groups=[{groups!r}]")
+    if examples < 0: raise ConfigurationError(f"examples={examples} quotes no number of rows", fix="pass 0 for counts alone")
     if isinstance(data, (Data, Split)): tables = [from_split(p) for p in (data.parts if isinstance(data, Data) else (data,))]
     elif isinstance(data, Mapping): tables = [from_source(s, str(k), text, label, answer, groups, split) for k, s in data.items()]
     else: tables = [from_source(data, "", text, label, answer, groups, split)]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.errors import DataError
+from ..core.errors import ConfigurationError, DataError
 from ..core.labels import Labels, label_index
 from .columns import detect, joined_column
 from .dealing import split_data
@@ -95,6 +95,7 @@ def label_set(names: Sequence[str],  # a label per row
               source: str = "",  # of the rows, for messages
              ) -> Labels:
     "Find the classes, or check that those given are all there are; raise DataError for one class or two spellings."
+    if isinstance(labels, str): raise ConfigurationError(f"labels must be a list of names, got {labels!r}", fix="pass labels=[...] with every class")
     if labels is not None:
         labels = labels if isinstance(labels, Labels) else Labels(tuple(labels))
         label_index(labels, sorted(set(names)))
@@ -181,6 +182,7 @@ def load_data(source: Any,  # anything that `read_rows` takes: path, pattern, fo
               **how: Any,  # further settings of `read_rows`: format, encoding, delimiter, names, field, progress
              ) -> Data:
     "Read rows, check them, and place them in four disjoint splits; raise DataError for rows that cannot be used."
+    if isinstance(groups, str): raise ConfigurationError(f"groups must be a list of columns, got {groups!r}", fix=f"pass groups=[{groups!r}]")
     how = {**how, "on_bad_row": on_bad_row}
     more: dict[str, Any] = {"together": together, "time": time}
     rows, text, label = sourced(source, text, label, [*groups, *(c for c in (split, together, time) if c)], how)
