@@ -94,7 +94,7 @@ def label_set(names: Sequence[str],  # a label per row
               labels: Labels | Sequence[str] | None,  # the classes, if they are known beforehand
               source: str = "",  # of the rows, for messages
              ) -> Labels:
-    "Find the classes, or check that those given are all there are; raise DataError for one class or two spellings."
+    "Find the classes, or check those given; raise DataError for one class or two spellings, ConfigurationError for a name outside."
     if isinstance(labels, str): raise ConfigurationError(f"labels must be a list of names, got {labels!r}", fix="pass labels=[...] with every class")
     if labels is not None:
         labels = labels if isinstance(labels, Labels) else Labels(tuple(labels))
@@ -181,7 +181,7 @@ def load_data(source: Any,  # anything that `read_rows` takes: path, pattern, fo
               on_bad_row: str = "refuse",  # or "quarantine": go on without the rows that cannot be used
               **how: Any,  # further settings of `read_rows`: format, encoding, delimiter, names, field, progress
              ) -> Data:
-    "Read rows, check them, and place them in four disjoint splits; raise DataError for rows that cannot be used."
+    "Read rows, check them, and place them in four disjoint splits; raise DataError for rows, ConfigurationError for settings that will not do."
     if isinstance(groups, str): raise ConfigurationError(f"groups must be a list of columns, got {groups!r}", fix=f"pass groups=[{groups!r}]")
     how = {**how, "on_bad_row": on_bad_row}
     more: dict[str, Any] = {"together": together, "time": time}
