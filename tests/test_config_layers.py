@@ -48,6 +48,12 @@ def test_a_thousand_mutated_files(tmp_path, cuts):
         assert "hf_aaaa" not in config.to_yaml()
 
 
+def test_an_unknown_version_names_its_file(tmp_path):
+    (tmp_path / "base.yaml").write_text("version: 99")
+    with pytest.raises(ConfigurationError, match=r"version = 99 is unknown.*base\.yaml"): load(tmp_path, "extends: base.yaml\n" + WHOLE)
+    with pytest.raises(ConfigurationError, match=r"version = 99 is unknown.*run\.yaml"): load(tmp_path, WHOLE.replace("version: 2", "version: 99"))
+
+
 def test_bytes_that_are_no_text(tmp_path):
     noise = random.Random(0)
     for _ in range(200):

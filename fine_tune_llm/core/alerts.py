@@ -24,20 +24,25 @@ from .runs import Run
 @dataclass(frozen=True)
 class Alert:
     "Hold what a rule has to say."
-    rule: str
+    rule: str  # name of the rule's function
     run: str  # name of the run folder
-    step: int
+    step: int  # optimiser step that it is about, 0 if none is known
     text: str  # one sentence, no period
 
     def __str__(self) -> str: return f"{self.run}, step {self.step}: {self.text} ({self.rule})"
 
-def figures(run: Run, kind: str, name: str) -> list[tuple[int, float]]:  # step and value, the oldest first
+def figures(run: Run,  # its events are read anew
+            kind: str,  # name of an event, such as "step"
+            name: str,  # of a number in it, such as "loss"
+           ) -> list[tuple[int, float]]:  # step and value, the oldest first
     "Collect a number from the events of one kind."
     return [(int(e.get("step", 0)), float(e[name])) for e in run.events(kind) if isinstance(e.get(name), (int, float))]
 
 # %% ../../nbs/core/024_alerts.ipynb #divergence
-def divergence(run: Run, now: float) -> tuple[int, str] | None:  # step and sentence, None for nothing
-    "Tell of a loss that has left where it was."
+def divergence(run: Run,  # its losses, in windows of 20 steps
+               now: float,  # seconds since 1970; not needed here
+              ) -> tuple[int, str] | None:  # step and sentence, None for nothing
+    "Tell of a loss that is no number, or whose median of 20 steps is twice its best."
     losses = figures(run, "step", "loss")
     if (failed := run.events("run_failed")) and "loss is" in str(failed[-1].get("error")): return losses[-1][0] if losses else 0, "the loss is no longer a number"
     if len(losses) < 40: return None
@@ -46,21 +51,27 @@ def divergence(run: Run, now: float) -> tuple[int, str] | None:  # step and sent
     return (losses[-1][0], f"the loss rose from {best:.3g} to {last:.3g}") if last > 2 * best and last - best > 0.1 else None
 
 # %% ../../nbs/core/024_alerts.ipynb #drift
-def calibration_drift(run: Run, now: float) -> tuple[int, str] | None:
+def calibration_drift(run: Run,  # its ECE, at each evaluation
+                      now: float,  # seconds since 1970; not needed here
+                     ) -> tuple[int, str] | None:  # step and sentence if the ECE is 0.05 above its best
     "Tell of confidences that fit less and less."
     found = figures(run, "evaluated", "ece")
     if len(found) < 2: return None
     (step, last), best = found[-1], min(v for _, v in found)
     return (step, f"the calibration error rose from {best:.3f} to {last:.3f}") if last > best + 0.05 else None
 
-def tail(k: int, n: int, p: float) -> float:  # probability
-    "Compute how likely at most k hits of n are, each with probability p."
+def tail(k: int, n: int,  # hits, and tries
+         p: float,  # of a hit, above 0 and below 1
+        ) -> float:  # probability
+    "Compute how likely at most k hits of n are, each with probability p (binomial distribution)."
     log = lambda i: math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
     return min(1.0, math.fsum(math.exp(log(i)) for i in range(k + 1)))
 
-def low_coverage(run: Run, now: float) -> tuple[int, str] | None:
+def low_coverage(run: Run,  # its last event with coverage, promised and n
+                 now: float,  # seconds since 1970; not needed here
+                ) -> tuple[int, str] | None:  # step and sentence where an exact binomial test gives p < 0.01
     "Tell of prediction sets that miss more often than promised."
-    told = [e for e in run.events() if {"coverage", "promised", "n"} <= e.keys()]
+    told = [e for e in run.events() if all(isinstance(e.get(name), (int, float)) for name in ("coverage", "promised", "n"))]
     if not told: return None
     e = told[-1]
     n, p = int(e["n"]), float(e["promised"])
@@ -68,7 +79,9 @@ def low_coverage(run: Run, now: float) -> tuple[int, str] | None:
     return int(e.get("step", 0)), f"coverage is {e['coverage']:.3f} of {n} rows, {p:.3f} was promised"
 
 # %% ../../nbs/core/024_alerts.ipynb #beat
-def no_heartbeat(run: Run, now: float) -> tuple[int, str] | None:
+def no_heartbeat(run: Run,  # running or stopping; silent above 60 s and 20 usual steps
+                 now: float,  # seconds since 1970
+                ) -> tuple[int, str] | None:  # step and sentence, None for nothing
     "Tell of a run that should write and does not."
     events = run.events()
     if run.state not in ("running", "stopping") or not events: return None
@@ -78,9 +91,10 @@ def no_heartbeat(run: Run, now: float) -> tuple[int, str] | None:
     if run.lives() is False: return step, "the trainer is dead"
     return (step, f"no event for {silent:.0f} s") if silent > max(60.0, 20 * usual) else None
 
-def disk_full(run: Run, now: float,
+def disk_full(run: Run,  # its folder tells which disk
+              now: float,  # seconds since 1970; not needed here
               least: float = 1e9,  # bytes
-             ) -> tuple[int, str] | None:
+             ) -> tuple[int, str] | None:  # step and sentence, None for nothing
     "Tell of a disk on which the next checkpoint may find no room."
     free = shutil.disk_usage(run.path).free
     return (run.status.step, f"{free / 1e9:.2g} GB are free where the run is kept") if free < least else None
@@ -89,19 +103,19 @@ Rule = Callable[[Run, float], tuple[int, str] | None]
 RULES: tuple[Rule, ...] = (divergence, calibration_drift, low_coverage, no_heartbeat, disk_full)
 
 # %% ../../nbs/core/024_alerts.ipynb #ask
-def check_alerts(run: Run,
-                 rules: Sequence[Rule] = RULES,
+def check_alerts(run: Run,  # of this process or another
+                 rules: Sequence[Rule] = RULES,  # each gets the run and the time
                  now: float | None = None,  # seconds since 1970, this moment where not given
-                ) -> list[Alert]:
+                ) -> list[Alert]:  # one for each rule that has something to say
     "Ask each rule about a run."
     asked = [(rule.__name__, rule(run, time.time() if now is None else now)) for rule in rules]
     return [Alert(name, run.path.name, *said) for name, said in asked if said]
 
 # %% ../../nbs/core/024_alerts.ipynb #send
-def send(alert: Alert,
+def send(alert: Alert,  # from `check_alerts`
          to: str | Callable[[Alert], Any] | None = None,  # an https address, a function, None for the log
         ) -> bool:  # whether it arrived
-    "Hand over an alert."
+    "Hand over an alert; raise RunError if `to` is a text and no address."
     log = logging.getLogger(__name__)
     if to is None: log.warning("%s", alert)
     elif not isinstance(to, str): to(alert)
@@ -115,10 +129,10 @@ def send(alert: Alert,
             return False
     return True
 
-def tell_alerts(run: Run,
+def tell_alerts(run: Run,  # of this process or another
                 told: Sequence[Alert] = (),  # that were sent before
-                to: str | Callable[[Alert], Any] | None = None,
-                rules: Sequence[Rule] = RULES,
+                to: str | Callable[[Alert], Any] | None = None,  # an https address, a function, None for the log
+                rules: Sequence[Rule] = RULES,  # each gets the run and the time
                ) -> list[Alert]:  # all that were sent by now
     "Send what is new."
     before = {a.rule for a in told}

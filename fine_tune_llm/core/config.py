@@ -47,7 +47,7 @@ class ModelSection(Section):
     "Which model to tune, and where it runs."
     name: str = "pocket"  # "pocket", a folder or a hub id
     task: Literal["classification", "label-words", "sft"] = "classification"  # a head, class names as answers, or free answers
-    quantize: Literal["nf4", "int8"] | None = None
+    quantize: Literal["nf4", "int8"] | None = None  # bits of the frozen weights: 4 (NormalFloat) or 8; None: as stored
     device: str | None = None  # chosen where not given
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # chosen where not given
     attention: str | None = None  # "sdpa", "eager", ...; chosen where not given
@@ -56,19 +56,19 @@ class ModelSection(Section):
 class TrainingSection(Section):
     "How to tune it."
     lora: dict[str, Any] = Field(default_factory=lambda: {"r": 16})  # fields of PEFT's LoraConfig
-    epochs: int = Field(3, ge=1)
+    epochs: int = Field(3, ge=1)  # passes over the train split
     learning_rate: float = Field(5e-4, gt=0)  # of the adapter
     head_learning_rate: float | None = Field(None, gt=0)  # of the new head, 20 times that of the adapter where not given
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1)  # rows per optimiser step
     max_length: int | None = Field(None, ge=2)  # tokens
     warmup: float = Field(0.06, ge=0, lt=1)  # share of the steps
-    weight_decay: float = Field(0.0, ge=0)
-    seed: int = 0
+    weight_decay: float = Field(0.0, ge=0)  # of AdamW, decoupled from the gradient
+    seed: int = 0  # of new weights, order of rows and dropout
     accumulate: int = Field(1, ge=1)  # pieces in which the rows of a step pass through the model
     scheduler: str = "linear"  # how the learning rate moves; a name of transformers
-    scheduler_options: dict[str, Any] = {}
+    scheduler_options: dict[str, Any] = {}  # of the schedule, such as min_lr
     loss: str = "cross-entropy"  # of classification
-    loss_options: dict[str, Any] = {}
+    loss_options: dict[str, Any] = {}  # of the loss, such as gamma
     packing: bool = True  # for language models
     exact: bool = False  # keep the number format of the model; for language models
     evaluate_every: int | None = Field(None, ge=1)  # steps; an epoch where not given
@@ -82,7 +82,7 @@ class TrainingSection(Section):
 class TrustSection(Section):
     "What to promise, and what mistakes cost."
     alpha: float = Field(0.1, gt=0, lt=1)  # share of prediction sets that may miss
-    score: Literal["lac", "aps", "raps"] = "lac"
+    score: Literal["lac", "aps", "raps"] = "lac"  # conformal score of a class: least ambiguous, adaptive, regularised adaptive
     labels: str | None = None  # a labels.yaml with harm and critical errors
     abstain_cost: float | None = Field(None, gt=0)  # cost of asking a person, where a plain mistake costs 1
     max_risk: float | None = Field(None, gt=0, lt=1)  # error rate among answers to be certified
@@ -93,26 +93,30 @@ class TrustSection(Section):
 @dataclass(frozen=True)
 class Origins:
     "Hold the source of each dotted key that is no default; all origins are equal."
-    of: Mapping[str, str] = field(default_factory=dict, compare=False)
+    of: Mapping[str, str] = field(default_factory=dict, compare=False)  # dotted key -> such as "run.yaml:4"
 
 class Setting(NamedTuple):
     "A value, and where it comes from."
     key: str  # dotted
-    value: Any
+    value: Any  # as JSON would hold it
     source: str  # "default", "run.yaml:4", a variable, "command line" or "keyword"
 
 class Config(Section):
     "Hold all that a run needs to know."
     version: int = Field(VERSION, ge=VERSION, le=VERSION)  # of the format
-    data: DataSection
-    model: ModelSection = ModelSection()
-    training: TrainingSection = TrainingSection()
-    trust: TrustSection = TrustSection()
+    data: DataSection  # must be given, all others have defaults
+    model: ModelSection = ModelSection()  # "pocket" with a head where not given
+    training: TrainingSection = TrainingSection()  # LoRA of rank 16, three epochs where not given
+    trust: TrustSection = TrustSection()  # sets that miss one row in ten where not given
     out: str | None = None  # the run folder, runs/DATE-MODEL where not given
-    _origins: Origins = PrivateAttr(default_factory=Origins)
+    _origins: Origins = PrivateAttr(default_factory=Origins)  # set by `build_config`
 
-    def explain(self) -> list[Setting]: return explain(self)
-    def to_yaml(self) -> str: return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper12, sort_keys=False, allow_unicode=True)
+    def explain(self) -> list[Setting]:
+        "List every setting with its value and where that comes from."
+        return explain(self)
+    def to_yaml(self) -> str:
+        "Write all settings as YAML that versions 1.1 and 1.2 read alike."
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper12, sort_keys=False, allow_unicode=True)
 
 # %% ../../nbs/core/010_config.ipynb #nearest
 def nearest(key: str,  # that is no setting, dotted
@@ -125,7 +129,9 @@ def nearest(key: str,  # that is no setting, dotted
     same = [k for k in known if near and last[k] == near[0]]
     return max(same, key=lambda k: SequenceMatcher(None, key, k).ratio()) if same else None
 
-def known_keys(kind: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+def known_keys(kind: type[BaseModel] = Config,  # a section, or the whole configuration
+               prefix: str = "",  # what goes before each key, such as "training."
+              ) -> list[str]:
     "List the dotted keys of a section, and of those inside it."
     found = []
     for name, info in kind.model_fields.items():
@@ -134,7 +140,7 @@ def known_keys(kind: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return found
 
 # %% ../../nbs/core/010_config.ipynb #complain
-def complaints(error: ValidationError,
+def complaints(error: ValidationError,  # of pydantic, from `Config.model_validate`
                origins: Mapping[str, str] | None = None,  # source of each dotted key
               ) -> list[str]:  # one for each misfit
     "Say what is wrong with a configuration."
@@ -153,7 +159,7 @@ def complaints(error: ValidationError,
 def build_config(layers: Sequence[Layer],  # the weakest first
                  where: str = "",  # what to name in an error
                 ) -> Config:
-    "Merge layers and check what comes out."
+    "Merge layers and check what comes out; raise ConfigurationError with a line for each misfit."
     values, origins = merge(layers)
     problems = [f"{redact(key)} looks like a secret ({origins.get(key, where)}); put it into the environment or the keyring"
                 for key, value in leaves(values) if looks_secret(f"{key} {value}")]
@@ -171,13 +177,14 @@ def load_config(path: str | Path,  # a YAML file
                 environ: Mapping[str, str] | None = None,  # that of this process where not given
                 **keywords: Any,  # training__learning_rate=1e-3
                ) -> Config:
-    "Read and check a configuration."
+    "Read and check a configuration; raise ConfigurationError if it cannot be read or does not fit."
     environ = os.environ if environ is None else environ
     files = file_layers(path, env or environ.get("FTLLM_ENV"), migrate)
     return build_config([*files, *variable_layers(environ, list(Config.model_fields)), *change_layers(changes, keywords)], str(path))
 
 # %% ../../nbs/core/010_config.ipynb #explain
-def explain(config: Config) -> list[Setting]:  # in the order of the sections
+def explain(config: Config,  # from `load_config`; of one made in code all is default
+           ) -> list[Setting]:  # in the order of the sections
     "Name the source of each value."
     of = config._origins.of
     def source(key: str) -> str:
@@ -186,17 +193,20 @@ def explain(config: Config) -> list[Setting]:  # in the order of the sections
     return [Setting(key, value, source(key)) for key, value in leaves(config.model_dump(mode="json"))]
 
 # %% ../../nbs/core/010_config.ipynb #diff
-def diff(a: Config, b: Config) -> list[tuple[str, Any, Any]]:  # key, value in a, value in b; None where there is none
+def diff(a: Config, b: Config,  # from `load_config`; only values count, not where they come from
+        ) -> list[tuple[str, Any, Any]]:  # key, value in a, value in b; None where there is none
     "List what differs."
     left, right = dict(leaves(a.model_dump(mode="json"))), dict(leaves(b.model_dump(mode="json")))
     return [(key, left.get(key), right.get(key)) for key in dict.fromkeys([*left, *right]) if (key in left, left.get(key)) != (key in right, right.get(key))]
 
-def content_hash(config: Config) -> str:  # 64 hex digits
+def content_hash(config: Config,  # only its values count, not where they come from
+                ) -> str:  # 64 hex digits
     "Give the SHA-256 of a configuration."
     return sha256(config.to_yaml().encode()).hexdigest()
 
 # %% ../../nbs/core/010_config.ipynb #schema
-def field_notes(kind: type[BaseModel]) -> dict[str, str]:  # name -> comment
+def field_notes(kind: type[BaseModel],  # a section
+               ) -> dict[str, str]:  # name -> comment
     "Read the comments beside the fields of a section."
     try: source = inspect.getsource(kind)
     except (OSError, TypeError): return {}  # installed without sources

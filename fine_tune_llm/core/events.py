@@ -31,26 +31,35 @@ def follow_events(run: Run | str | Path,  # a run or its folder
         dead = run.lives() is False  # asked first: whoever has gone has said by now what it had to say
         events = run.events()
         yield from events[n:]
-        n, state = len(events), run_state(events)
+        n, state = max(n, len(events)), run_state(events)  # a listener may be ahead of its run
         if state in ENDS.values() or dead and state != "created": return
         time.sleep(pause)
 
 # %% ../../nbs/core/026_events.ipynb #subscribe
 class Subscription:
     "Hand the events of a run to a function, in a thread, until the run ends or this is closed."
-    def __init__(self, run: Run, hear: Callable[[dict[str, Any]], object], kinds: Sequence[str], start: int, pause: float):
+    def __init__(self,
+                 run: Run,  # read in the thread
+                 hear: Callable[[dict[str, Any]], object],  # gets each event, one after the other
+                 kinds: Sequence[str],  # names of events, all where none is given
+                 start: int,  # how many of the oldest are left out
+                 pause: float,  # seconds between two looks
+                ):
         self.run, self.hear, self.kinds, self.start, self.pause, self.closing = run, hear, kinds, start, pause, threading.Event()
         self.thread = threading.Thread(target=self.loop, name="ftllm-events", daemon=True)
         self.thread.start()
 
     def loop(self) -> None:
+        "Hand over events until the run ends or this is closed; the thread runs it."
         for e in follow_events(self.run, self.start, self.pause, self.closing.is_set):
             if self.closing.is_set(): return
             if self.kinds and e["event"] not in self.kinds: continue
             try: self.hear(e)
             except Exception: logging.getLogger(__name__).exception("a listener failed on %s", e["event"], extra={"run": self.run.path.name})
 
-    def wait(self, timeout: float | None = None) -> bool:  # seconds; whether all was heard
+    def wait(self,
+             timeout: float | None = None,  # seconds; None: for ever
+            ) -> bool:  # whether all was heard
         "Wait until the run has ended and its last event was heard."
         self.thread.join(timeout)
         return not self.thread.is_alive()
@@ -75,9 +84,9 @@ def subscribe(run: Run | str | Path,  # a run or its folder, in this process or 
 # %% ../../nbs/core/026_events.ipynb #replay
 def replay_events(run: Run | str | Path,  # a run or its folder
                   speed: float | None = None,  # 60 makes a minute a second, None leaves no pause
-                  sleep: Callable[[float], object] = time.sleep,
+                  sleep: Callable[[float], object] = time.sleep,  # gets the seconds of each pause
                  ) -> Iterator[dict[str, Any]]:  # one event after the other
-    "Give the events of a run again, in their order and rhythm."
+    "Give the events of a run again, in their order and rhythm; raise ConfigurationError for a speed of 0 or less."
     if speed is not None and not speed > 0: raise ConfigurationError(f"speed must be above 0, got {speed}")
     run = run if isinstance(run, Run) else Run.attach(run)
     run.verify()
@@ -90,7 +99,7 @@ def replay_events(run: Run | str | Path,  # a run or its folder
 # %% ../../nbs/core/026_events.ipynb #find
 def find_runs(folder: str | Path,  # of runs, or a run
              ) -> dict[str, Run]:  # by path relative to the folder, in alphabetical order
-    "Find the runs in a folder."
+    "Find the runs in a folder; raise RunError if there is none."
     folder = Path(folder)
     if (folder / "events.jsonl").is_file(): return {folder.name: Run.attach(folder)}
     found = {p.parent.relative_to(folder).as_posix(): Run.attach(p.parent) for p in sorted(folder.rglob("events.jsonl"))}
@@ -121,12 +130,15 @@ def day_of(e: Mapping[str, Any],  # an event
     "Give the day of an event."
     return time.strftime("%Y-%m-%d", time.gmtime(e.get("time", 0.0)))
 
-def numbers(events: Iterable[Mapping[str, Any]], kind: str, name: str) -> list[float]:  # the oldest first
+def numbers(events: Iterable[Mapping[str, Any]],  # of a run
+            kind: str,  # name of the events that count, such as "step"
+            name: str,  # of the number in them; passed over where it is no number
+           ) -> list[float]:  # the oldest first
     "Collect a number from the events of one kind."
     return [float(e[name]) for e in events if e["event"] == kind and isinstance(e.get(name), (int, float))]
 
 def summary_row(name: str,  # of the run
-                state: str,
+                state: str,  # of the run when the last of these events had come
                 events: Sequence[Mapping[str, Any]],  # of the run or of one day
                 work: Sequence[tuple[float, int, float]],  # of these events, from `work_of`
                ) -> tuple[Any, ...]:  # in the order of COLUMNS, NaN for what nobody has said
@@ -142,9 +154,9 @@ def summary_row(name: str,  # of the run
 PER = ("run", "run and day", "day")
 
 def summary_rows(name: str,  # of the run
-                 run: Run,
+                 run: Run,  # of any state, of this process or another
                  daily: bool,  # a row for each day
-                ) -> list[tuple[Any, ...]]:
+                ) -> list[tuple[Any, ...]]:  # each as `summary_row` gives it; one where not daily
     "Sum up one run."
     events = run.events()
     work = work_of(events)
@@ -157,13 +169,13 @@ def summary_rows(name: str,  # of the run
     return out
 
 # %% ../../nbs/core/026_events.ipynb #summarize
-def summarize_runs(runs: str | Path | Mapping[str, Any] | Sequence[Any],  # a folder of runs, or runs and their folders, by name or in order
+def summarize_runs(runs: str | Path | Run | Mapping[str, Any] | Sequence[Any],  # a folder of runs, a run, or runs and their folders, by name or in order
                    per: str = "run",  # "run", "run and day" or "day": what a row stands for
                   ) -> Any:  # pandas DataFrame with the columns COLUMNS, or those that can be added up over runs
-    "Sum runs up in one small table."
+    "Sum runs up in one small table; raise ConfigurationError for an unknown `per` or a name that occurs twice."
     import pandas as pd
     if per not in PER: raise ConfigurationError(f"no table per {per!r}", fix=f"pass one of {', '.join(map(repr, PER))}")
-    if isinstance(runs, (str, Path)): runs = find_runs(runs)
+    if isinstance(runs, (str, Path, Run)): runs = find_runs(runs.path if isinstance(runs, Run) else runs)
     named = runs if isinstance(runs, Mapping) else {Path(getattr(r, "path", r)).name: r for r in runs}
     if len(named) < len(runs): raise ConfigurationError("two runs have the same name", fix="give a dictionary of names and runs")
     rows = [r for name, run in named.items() for r in summary_rows(str(name), run if isinstance(run, Run) else Run.attach(run), per != "run")]

@@ -126,7 +126,7 @@ def outline(points: Iterable[tuple[float | None, float | None]],  # places in pe
     return "".join(parts)
 
 # %% ../../nbs/core/040_figures.ipynb #share
-def share(value: float,
+def share(value: float,  # in units of the axis; held inside it
           ends: tuple[float, float],  # of the axis
          ) -> float:  # percent of the axis from its first end, between 0 and 100
     "Place a value along an axis."
@@ -147,7 +147,7 @@ def shares(values: Iterable[float | None],  # None where one is missing
 P = TypeVar("P", bound="Canvas")  # a canvas or a plot
 
 class Canvas:
-    "Turn values into places in a plot, and collect what is drawn there."
+    "Turn values into places in a plot, and collect the curves that are drawn there."
     def __init__(self, head: str,  # what is shown, above the plot
                  desc: str,  # its numbers in words, for who cannot see it
                  x: tuple[float, float], y: tuple[float, float],  # the ends of the axes
@@ -157,20 +157,52 @@ class Canvas:
         self.head, self.desc, self.x, self.y, self.margin = head, desc, x, y, (top, right, bottom, left)
         self.size, self.out = "height:auto;aspect-ratio:1" if square else f"height:{height}px", list[str]()
 
-    def X(self, v: float) -> float: return share(v, self.x)
-    def Y(self, v: float) -> float: return round(100 - share(v, self.y), 2)
-    def add(self: P, svg: str) -> P:
+    def X(self, v: float,  # in units of the x axis; held inside it
+         ) -> float:  # percent from the left
+        "Place a value across."
+        return share(v, self.x)
+    def Y(self, v: float,  # in units of the y axis; held inside it
+         ) -> float:  # percent from the top
+        "Place a value up."
+        return round(100 - share(v, self.y), 2)
+
+    def add(self: P, svg: str,  # as it shall stand in the drawing, its words escaped
+           ) -> P:
+        "Draw anything above what is there."
         self.out.append(svg)
         return self
-    def path(self: P, points: Iterable[tuple[float, float | None]], cls: str) -> P:
+    def path(self: P, points: Iterable[tuple[float, float | None]],  # values across and up, None for a gap
+             cls: str,  # CSS classes: a colour, and "ln" or "fill"
+            ) -> P:
+        "Draw a curve or a surface through points."
         xs, ys = list(zip(*points)) or ((), ())
         d = outline(zip(shares(xs, self.x), shares(ys, self.y, down=True)))
         box = 'viewBox="0 0 100 100" preserveAspectRatio="none" overflow="visible"'
         return self.add(f'<svg {box}><path class="{cls}" d="{d}"/></svg>')
-    def svg(self, cls: str = "") -> str: return draw(self, cls)
+
+    def line(self: P, xs: Iterable[float], ys: Iterable[float | None],  # n values each, None in ys for a gap
+             cls: str,  # a colour, and "thin", "dash" or "dots"
+            ) -> P:
+        "Draw a line from point to point."
+        return self.path(zip(xs, ys), "ln " + cls)
+    def step(self: P, xs: Sequence[float], ys: Sequence[float | None],  # n values each; ys[i] holds from xs[i] on
+             cls: str,  # a colour, and "thin", "dash" or "dots"
+            ) -> P:
+        "Draw a staircase, for what stays the same until it jumps."
+        return self.path([p for i, a in enumerate(xs) for p in ((a, ys[max(i - 1, 0)]), (a, ys[i]))], "ln " + cls)
+    def band(self: P, xs: Sequence[float], low: Iterable[float], high: Iterable[float],  # n values each
+             cls: str,  # a colour, and "wash" to see through it
+            ) -> P:
+        "Fill the space between two lines, such as the ends of an interval."
+        return self.path([*zip(xs, high), *reversed([*zip(xs, low)])], "fill " + cls)
+
+    def svg(self, cls: str = "",  # "wide" or "full" cell
+           ) -> str:  # HTML
+        "Write the plot."
+        return draw(self, cls)
 
 # %% ../../nbs/core/040_figures.ipynb #draw
-def draw(plot: Canvas,
+def draw(plot: Canvas,  # with all that is drawn in it
          cls: str = "",  # "wide" or "full" cell
         ) -> str:  # HTML
     "Write a plot as SVG, with its title and description."
@@ -183,42 +215,53 @@ def draw(plot: Canvas,
 
 # %% ../../nbs/core/040_figures.ipynb #plot
 class Plot(Canvas):
-    "Draw lines, bands, points, bars and axes."
-    def line(self, xs: Iterable[float], ys: Iterable[float | None], cls: str) -> "Plot":
-        return self.path(zip(xs, ys), "ln " + cls)
-    def step(self, xs: Sequence[float], ys: Sequence[float | None], cls: str) -> "Plot":
-        return self.path([p for i, a in enumerate(xs) for p in ((a, ys[max(i - 1, 0)]), (a, ys[i]))], "ln " + cls)
-    def band(self, xs: Sequence[float], low: Iterable[float], high: Iterable[float], cls: str) -> "Plot":
-        return self.path([*zip(xs, high), *reversed([*zip(xs, low)])], "fill " + cls)
-
-    def seg(self, x1: float, y1: float, x2: float, y2: float, cls: str, up: int = 0) -> "Plot":
-        end = f"-{up}" if up else f"{self.Y(y2)}%"  # up: the line ends so many pixels above the plot
+    "Draw straight lines, words, points, bars and axes."
+    def seg(self, x1: float, y1: float, x2: float, y2: float,  # values at both ends
+            cls: str, up: int = 0,  # how it looks; the second end as many pixels above the plot, 0 to be at y2
+           ) -> "Plot":
+        "Draw a straight line, such as a reference or an interval."
+        end = f"-{up}" if up else f"{self.Y(y2)}%"
         return self.add(f'<line class="ln {cls}" x1="{self.X(x1)}%" y1="{self.Y(y1)}%" x2="{self.X(x2)}%" y2="{end}"/>')
-    def text(self, x: float, y: float, words: str, cls: str = "", dx: int = 0, dy: int = 4,
-             anchor: str = "start") -> "Plot":
+    def text(self, x: float, y: float, words: str,  # values of the place, and what to write there, escaped here
+             cls: str = "", dx: int = 0, dy: int = 4,  # how it looks; pixels to the right and down from the place
+             anchor: str = "start",  # which part of the words stands there: "start", "middle" or "end"
+            ) -> "Plot":
+        "Write words beside a place."
         place = f'x="{self.X(x)}%" y="{self.Y(y)}%" dx="{dx}" dy="{dy}" text-anchor="{anchor}"'
         return self.add(f'<text class="{cls}" {place}>{escape(words)}</text>')
 
-    def dot(self, x: float, y: float, cls: str, tip: str = "", xs: Sequence[float] = (),
-            ys: Sequence[float] = ()) -> "Plot":
+    def dot(self, x: float, y: float,  # values of the point
+            cls: str, tip: str = "",  # a colour, "square" or "open"; what it tells on hover, escaped here
+            xs: Sequence[float] = (), ys: Sequence[float] = (),  # ends of its interval across and up; () for none
+           ) -> "Plot":
+        "Draw a point, with its intervals where it has any."
         if xs: self.seg(xs[0], y, xs[1], y, cls)
         if ys: self.seg(x, ys[0], x, ys[1], cls)
         r, rx = (5.0, 0.0) if "square" in cls else (4.5, 4.5)
         box = f'x="{self.X(x)}%" y="{self.Y(y)}%" width="{2 * r}" height="{2 * r}" rx="{rx}"'
         return self.add(f'<rect class="fill pt {cls}" {box} transform="translate({-r} {-r})"><title>{escape(tip)}</title></rect>')
-    def bars(self, edges: Sequence[float], heights: Sequence[float], cls: str) -> "Plot":
+    def bars(self, edges: Sequence[float], heights: Sequence[float],  # n + 1 values across, n values up
+             cls: str,  # a colour
+            ) -> "Plot":
+        "Draw a histogram; each bar tells its height on hover."
         for a, b, h in zip(edges, edges[1:], heights):
             w, y = self.X(b) - self.X(a), self.Y(h)
             box = f'x="{self.X(a)}%" y="{y}%" width="{w:.2f}%" height="{100 - y:.2f}%"'
             self.add(f'<rect class="fill bars {cls}" {box}><title>{num(h, 0)}</title></rect>')
         return self
 
-    def xaxis(self, label: str = "", digits: int = 1, n: int = 5, at: Iterable[float] | None = None) -> "Plot":
+    def xaxis(self, label: str = "", digits: int = 1,  # words below it; decimals of its numbers
+              n: int = 5, at: Iterable[float] | None = None,  # wished number of steps; or the very values to mark
+             ) -> "Plot":
+        "Draw the axis along the bottom."
         self.seg(self.x[0], self.y[0], self.x[1], self.y[0], "thin axis")
         for v in ticks(*self.x, n=n) if at is None else at:
             self.text(v, self.y[0], num(v, digits), "dim", dy=17, anchor="middle")
         return self.text(sum(self.x) / 2, self.y[0], label, "dim", dy=34, anchor="middle")
-    def yaxis(self, digits: int = 1, n: int = 4, at: Iterable[float] | None = None) -> "Plot":
+    def yaxis(self, digits: int = 1,  # decimals of its numbers
+              n: int = 4, at: Iterable[float] | None = None,  # wished number of steps; or the very values to mark
+             ) -> "Plot":
+        "Draw a rule across for each number of the axis up."
         for v in ticks(*self.y, n=n) if at is None else at:
             self.seg(self.x[0], v, self.x[1], v, "thin rule")
             self.text(self.x[0], v, num(v, digits), "dim", dx=-8, anchor="end")
@@ -255,7 +298,8 @@ def figure(title: str,  # the finding, with its number, interval and reference
     return f"<figure><h3>{escape(title)}</h3>{note}{''.join(parts)}</figure>"
 
 # %% ../../nbs/core/040_figures.ipynb #styled
-def styled(body: str) -> str:  # HTML for a notebook
+def styled(body: str,  # HTML of figures
+          ) -> str:  # HTML for a notebook
     "Add the style sheet to figures."
     return f'<style>{CSS}</style><div class="look">{body}</div>'
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESOLVERS', 'PATHS', 'Loader12', 'Dumper12', 'scalar', 'walk', 'parse_yaml', 'Layer', 'rebase', 'rebase_all',
-           'read_layer', 'chain_layers', 'file_layers', 'nest', 'variable_layers', 'change_layers', 'leaves', 'merge']
+           'prepared', 'read_layer', 'chain_layers', 'file_layers', 'nest', 'variable_layers', 'change_layers',
+           'leaves', 'merge']
 
 # %% ../../nbs/core/006_layers.ipynb #imports
 import os
@@ -27,7 +28,10 @@ RESOLVERS = (("bool", r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF"), ("null"
 class Loader12(yaml.SafeLoader):
     "Read the types of YAML 1.2, and no aliases."
     yaml_implicit_resolvers = {}  # type: ignore[var-annotated]
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self,
+                     parent: Any, index: Any,  # the node above, and the key or position below it
+                    ) -> Any:
+        "Compose a node of the tree as PyYAML does, and raise YAMLError at an alias."
         if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
             raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: an alias (*) is not allowed; use extends")  # type: ignore[no-untyped-call]
         return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
@@ -75,7 +79,7 @@ def walk(node: Any,  # a node of yaml's tree
 def parse_yaml(text: str,  # the content of a file, or a value from the command line
                where: str,  # what to name in an error
               ) -> tuple[Any, dict[str, int]]:  # values, and the line of each dotted key
-    "Read YAML 1.2; all that is wrong with it comes in one error."
+    "Read YAML 1.2; all that is wrong with it comes in one ConfigurationError."
     lines: dict[str, int] = {}
     problems: list[str] = []
     try:
@@ -92,11 +96,15 @@ PATHS = ("data.path", "data.test", "model.name", "trust.labels")  # settings tha
 @dataclass(frozen=True)
 class Layer:
     "Hold what one place says about the settings."
-    values: Mapping[str, Any]
+    values: Mapping[str, Any]  # nested by section, as read: {"training": {"seed": 3}}
     source: str  # "run.yaml", "FTLLM_TRAINING__SEED", "command line" or "keyword"
     lines: Mapping[str, int] = field(default_factory=dict)  # in the file, by dotted key
 
-    def origin(self, key: str) -> str: return f"{self.source}:{self.lines[key]}" if key in self.lines else self.source
+    def origin(self,
+               key: str,  # dotted, such as "training.seed"
+              ) -> str:  # such as "run.yaml:4"
+        "Name where a setting comes from, with its line where it has one."
+        return f"{self.source}:{self.lines[key]}" if key in self.lines else self.source
 
 # %% ../../nbs/core/006_layers.ipynb #rebase
 def rebase(name: str | None,  # a path from the file, or a name such as "docstrings"
@@ -108,7 +116,9 @@ def rebase(name: str | None,  # a path from the file, or a name such as "docstri
     return str((folder / str(name)).resolve()) if there else name
 
 # %% ../../nbs/core/006_layers.ipynb #rebase-all
-def rebase_all(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+def rebase_all(values: dict[str, Any],  # nested by section; the sections that hold a path are replaced in it
+               folder: Path,  # that the file with these settings stands in
+              ) -> dict[str, Any]:  # the same dict
     "Take the relative paths among the settings from a folder."
     for key in PATHS:
         section, name = key.split(".")
@@ -116,11 +126,20 @@ def rebase_all(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(part, dict) and isinstance(part.get(name), str): values[section] = {**part, name: rebase(part[name], folder)}
     return values
 
+# %% ../../nbs/core/006_layers.ipynb #prepared
+def prepared(values: dict[str, Any],  # as they stand in a file
+             prepare: Callable[[dict[str, Any]], dict[str, Any]],  # gets them
+             where: str,  # the file, for an error that names no place
+            ) -> dict[str, Any]:
+    "Bring the values of a file up to date; raise ConfigurationError that names the file."
+    try: return prepare(values)
+    except ConfigurationError as e: raise ConfigurationError(e.found, where=e.where or where, fix=e.fix) from None
+
 # %% ../../nbs/core/006_layers.ipynb #read-file
 def read_layer(path: Path,  # a YAML file
                prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict,  # gets the values as they stand
               ) -> tuple[Layer, list[str]]:  # the layer, and what it extends
-    "Read one file."
+    "Read one file; raise ConfigurationError if it holds no settings."
     try:
         raw = path.read_bytes()
         if len(raw) > 10**6: raise ConfigurationError(f"{len(raw)} bytes are too many for a configuration", where=str(path))
@@ -132,14 +151,14 @@ def read_layer(path: Path,  # a YAML file
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(p, str) and p for p in parents):
         raise ConfigurationError("extends names no file", where=str(path), fix="extends: base.yaml, or a list of files")
-    return Layer(rebase_all(prepare(values), path.parent), path.name, lines), parents
+    return Layer(rebase_all(prepared(values, prepare, str(path)), path.parent), path.name, lines), parents
 
 # %% ../../nbs/core/006_layers.ipynb #chain
 def chain_layers(path: Path,  # a YAML file
                  prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict,  # gets the values of each file
                  below: Sequence[Path] = (),  # the files that led here
                 ) -> Iterator[Layer]:  # what it extends, then itself
-    "Read a file and what it extends, the weakest first."
+    "Read a file and what it extends, the weakest first; raise ConfigurationError for a circle."
     path = Path(os.path.abspath(path))
     if path in below:
         raise ConfigurationError(f"extends itself: {' -> '.join(p.name for p in (*below[below.index(path):], path))}", where=str(path), fix="let one of them extend nothing")
@@ -155,7 +174,7 @@ def file_layers(path: str | Path,  # a YAML file
                 env: str | None = None,  # name of the environment, such as "prod"
                 prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict,  # gets the values of each file
                ) -> list[Layer]:  # the weakest first
-    "Read a file, what it extends, and the file of the environment."
+    "Read a file, what it extends, and the file of the environment; raise ConfigurationError if one is not there."
     path = Path(path)
     found = list(chain_layers(path, prepare))
     if not env: return found
@@ -165,8 +184,10 @@ def file_layers(path: str | Path,  # a YAML file
     return found + list(chain_layers(beside, prepare))
 
 # %% ../../nbs/core/006_layers.ipynb #nest
-def nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
-    "Put a value below a row of keys."
+def nest(keys: Sequence[str],  # the dotted key, split: ["training", "seed"]; 1 to 50
+         value: Any,  # of the setting
+        ) -> dict[str, Any]:
+    "Put a value below a row of keys; raise ConfigurationError for more than 50."
     if len(keys) > 50: raise ConfigurationError(f"{len(keys)} names in a row name no setting", where=redact(".".join(keys[:3])) + "...", fix="write section.name=value")
     return {keys[0]: nest(keys[1:], value) if len(keys) > 1 else value}
 
@@ -184,7 +205,7 @@ def variable_layers(environ: Mapping[str, str],  # the environment
 def change_layers(changes: Sequence[str] = (),  # "training.learning_rate=1e-3"
                   keywords: Mapping[str, Any] | None = None,  # training__learning_rate=1e-3, as Python allows no dot
                  ) -> list[Layer]:
-    "Read settings from the command line and from keywords."
+    "Read settings from the command line and from keywords; raise ConfigurationError where no = stands."
     for text in changes:
         if not re.match(r"[^=\s]+=", text): raise ConfigurationError(f"{redact(text)!r} changes nothing", where="command line", fix="write section.name=value, such as training.epochs=5")
     split = [text.split("=", 1) for text in changes]
@@ -192,7 +213,9 @@ def change_layers(changes: Sequence[str] = (),  # "training.learning_rate=1e-3"
             + [Layer(nest(key.split("__"), value), "keyword") for key, value in (keywords or {}).items() if value is not None])
 
 # %% ../../nbs/core/006_layers.ipynb #leaves
-def leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Any,  # a nest of mappings; anything else is one value
+           key: str = "",  # dotted, of `values` itself; "" at the top
+          ) -> Iterator[tuple[str, Any]]:
     "List dotted keys with their values; an empty mapping is a value."
     if isinstance(values, Mapping) and values:
         for k, v in values.items(): yield from leaves(v, f"{key}.{k}" if key else str(k))

@@ -32,7 +32,7 @@ def seize(handle: int,  # an open file
 def occupied(folder: Path,  # of a run
              patience: float = 1.0,  # seconds to keep asking
             ) -> Iterator[None]:
-    "Be the only trainer of a run folder."
+    "Be the only trainer of a run folder; raise RunError if another does not leave in time."
     handle, end = os.open(folder / "trainer.lock", os.O_RDWR | os.O_CREAT, 0o644), time.monotonic() + patience
     try:
         while seize(handle) is False:

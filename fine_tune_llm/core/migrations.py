@@ -13,7 +13,8 @@ from .errors import ConfigurationError
 from .secrets import redact
 
 # %% ../../nbs/core/008_migrations.ipynb #step
-def one_rate_for_all(values: dict[str, Any]) -> dict[str, Any]:
+def one_rate_for_all(values: dict[str, Any],  # of a file of version 1, nested by section
+                    ) -> dict[str, Any]:  # a copy with head_learning_rate, equal to learning_rate
     "Version 1 to 2: there was one learning rate, for the adapter and for the new head."
     training = values.get("training")
     if not isinstance(training, dict) or "head_learning_rate" in training: return values
@@ -25,7 +26,7 @@ VERSION = len(MIGRATIONS) + 1  # of the format that this program writes
 # %% ../../nbs/core/008_migrations.ipynb #migrate
 def migrate(values: dict[str, Any],  # as they stand in a file
            ) -> dict[str, Any]:  # in the words of today, with version = VERSION if there was one
-    "Bring the settings of an older version up to date."
+    "Bring the settings of an older version up to date; raise ConfigurationError for an unknown one."
     version = values.get("version", VERSION)
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= VERSION:
         raise ConfigurationError(f"version = {redact(repr(version))} is unknown, this program knows 1 to {VERSION}", fix="install a newer fine_tune_llm, or correct the version")

@@ -21,7 +21,7 @@ class Version:
     "Name one configuration that a run has had."
     number: int  # from 1
     hash: str  # first 16 hex digits of the SHA-256 of its bytes
-    path: Path
+    path: Path  # of the kept file, config/NUMBER-HASH.yaml in the run folder
 
     def __str__(self) -> str: return f"{self.number} {self.hash}"
 
@@ -32,8 +32,9 @@ def versions(run: str | Path,  # a run folder
     found = ((re.fullmatch(r"(\d{4,})-([0-9a-f]{16})\.yaml", p.name), p) for p in (Path(run) / "config").glob("*.yaml"))
     return sorted((Version(int(m[1]), m[2], p) for m, p in found if m), key=lambda v: v.number)
 
-def content(version: Version) -> bytes:
-    "Read a version, and check that it is still what its name says."
+def content(version: Version,  # from `versions`
+           ) -> bytes:  # of the YAML file, as it was kept
+    "Read a version; raise RunError if it is no longer what its name says."
     raw = version.path.read_bytes()
     if sha256(raw).hexdigest()[:16] != version.hash: raise RunError(f"version {version.number} of the configuration was altered", where=str(version.path), fix="restore the file from a copy of the run folder")
     return raw
@@ -41,7 +42,7 @@ def content(version: Version) -> bytes:
 # %% ../../nbs/core/022_versions.ipynb #keep
 def keep_version(run: str | Path,  # a run folder with a config.yaml
                 ) -> Version:  # the new one, or the newest if nothing has changed
-    "Keep the present configuration of a run."
+    "Keep the present configuration of a run; raise RunError if it has none."
     file, kept = Path(run) / "config.yaml", versions(run)
     try: raw = file.read_bytes()
     except OSError as e: raise RunError(f"no configuration: {e.strerror}", where=str(file), fix="name a run folder") from None
@@ -53,7 +54,9 @@ def keep_version(run: str | Path,  # a run folder with a config.yaml
     replace_bytes(version.path, raw)
     return version
 
-def replace_bytes(path: Path, raw: bytes) -> None:
+def replace_bytes(path: Path,  # where the file shall stand; its folder must be there
+                  raw: bytes,  # the whole content
+                 ) -> None:
     "Write a file that is either whole or not there."
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with open(part, "wb") as f:
@@ -66,7 +69,7 @@ def replace_bytes(path: Path, raw: bytes) -> None:
 def rollback(run: str | Path,  # a run folder
              to: str | int,  # number, or at least four digits of the hash
             ) -> Version:  # the new version, with the content of the old one
-    "Go back to an earlier configuration, to the letter."
+    "Go back to an earlier configuration, to the letter; raise RunError if none or several go by that name."
     keep_version(run)
     kept, name = versions(run), str(to)
     found = {v.hash: v for v in kept if name == str(v.number) or (len(name) >= 4 and v.hash.startswith(name))}

@@ -24,7 +24,7 @@ def classifier() -> Any:  # a scikit-learn pipeline: texts -> probabilities
     return make_pipeline(make_union(words, characters), LogisticRegression(C=3, max_iter=200, tol=1e-3))
 
 # %% ../../nbs/data/340_baseline.ipynb #baseline
-def baseline(data: Data,
+def baseline(data: Data,  # its train split is learned
              split: str = "test",  # name of the split to predict
             ) -> Predictions:  # probabilities of every row, with its true class and groups
     "Fit word counts and a linear model on train, and predict another split."

@@ -24,15 +24,16 @@ MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip",
          b"\xd0\xcf\x11\xe0": "old Excel or Word", b"\x89HDF": "HDF5", b"\x89PNG": "PNG", b"\x93NUMPY": "NumPy", b"\x80\x04\x95": "pickle"}
 PACKED = ("gzip", "zstd", "zip")
 
-def kind(head: bytes) -> str:  # a value of `MAGIC`, or "" for what may be text
+def kind(head: bytes,  # at least the first 16 bytes
+        ) -> str:  # a value of `MAGIC`, or "" for what may be text
     "Name what begins with these bytes."
     return next((k for magic, k in MAGIC.items() if head.startswith(magic)), "")
 
 # %% ../../nbs/data/302_bytes.ipynb #member
-def member(archive: zipfile.ZipFile,
+def member(archive: zipfile.ZipFile,  # open for reading
            name: str,  # of the archive, for messages
           ) -> Any:  # binary stream of the only file inside
-    "Open the only file of a zip archive."
+    "Open the only file of a zip archive; raise DataError if there are several or none."
     inside = [i for i in archive.infolist() if not i.is_dir() and not i.filename.startswith("__MACOSX/")]
     if any(i.filename == "[Content_Types].xml" for i in inside):
         raise DataError("this is a spreadsheet or a document of Office", name, "save it as CSV")
@@ -45,7 +46,7 @@ def member(archive: zipfile.ZipFile,
 def unpacked(handle: Any,  # binary stream that can seek, at its start
              name: str,  # of the file, for messages
             ) -> tuple[Any, str]:  # binary stream of the content, what it was packed with or ""
-    "Undo gzip, zstd or zip, whatever the name says."
+    "Undo gzip, zstd or zip, whatever the name says; raise DataError for a zip archive of several files."
     head = handle.read(16)
     handle.seek(0)
     packed = kind(head)
@@ -60,11 +61,11 @@ def unpacked(handle: Any,  # binary stream that can seek, at its start
 CHUNK = 8 * 2**20  # bytes read at a time
 DAMAGED = (EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError)  # what decompressors raise
 
-def chunks(path: Path,
+def chunks(path: Path,  # of a file, packed or not
            progress: Any = None,  # called with the bytes of the file read since the last call
            size: int = CHUNK,  # bytes of content to read at a time
           ) -> Iterator[bytes]:  # never empty
-    "Read the unpacked content of a file."
+    "Read the unpacked content of a file; raise DataError if it cannot be read or is damaged."
     packed = ""
     try:
         with path.open("rb") as handle:
@@ -85,11 +86,11 @@ def chunks(path: Path,
 BOMS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
         (codecs.BOM_UTF8, "utf-8-sig"))
 
-def translate(pieces: Iterable[bytes],
+def translate(pieces: Iterable[bytes],  # of a file in `encoding`, cut anywhere
               encoding: str,  # name that Python knows
               name: str,  # of the file, for messages
              ) -> Iterator[bytes]:  # UTF-8
-    "Translate text to UTF-8, piece by piece."
+    "Translate text to UTF-8, piece by piece; raise DataError at a byte that does not fit."
     try: "".encode(encoding)
     except LookupError: raise DataError(f"unknown encoding {encoding!r}", name, "e.g. utf-8, cp1252, utf-16, shift_jis") from None
     decoder, done = codecs.getincrementaldecoder(encoding)("strict"), 0
@@ -103,11 +104,11 @@ def translate(pieces: Iterable[bytes],
         if text: yield text.encode("utf-8", "surrogatepass")
 
 # %% ../../nbs/data/302_bytes.ipynb #utf8
-def utf8(pieces: Iterable[bytes],
+def utf8(pieces: Iterable[bytes],  # of a file, cut anywhere
          name: str,  # of the file, for messages
          encoding: str | None = None,  # None: UTF-8, or what the byte-order mark says
         ) -> Iterator[bytes]:  # UTF-8 without a mark, as far as the file is what it says
-    "Take off the byte-order mark and translate to UTF-8 what is marked or said to be something else."
+    "Take off the byte-order mark, and translate to UTF-8 what is something else; raise DataError where it is not."
     head, rest = b"", iter(pieces)
     while len(head) < 4 and (piece := next(rest, b"")): head += piece
     mark, marked = next(((m, e) for m, e in BOMS if head.startswith(m)), (b"", ""))
@@ -122,7 +123,8 @@ def utf8(pieces: Iterable[bytes],
 # %% ../../nbs/data/302_bytes.ipynb #guess
 LIKELY = ("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "koi8_r", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr")
 
-def is_mixed(sample: bytes) -> bool:
+def is_mixed(sample: bytes,  # of a text; its first and last line may be cut and do not count
+            ) -> bool:
     "Tell whether some lines are UTF-8 beyond ASCII, and others no UTF-8."
     def valid(line: bytes) -> bool:
         try: line.decode()
@@ -143,7 +145,7 @@ def guess(sample: bytes,  # of text that is not UTF-8
     return next((e for e in LIKELY if e in equals), found[0].encoding)
 
 # %% ../../nbs/data/302_bytes.ipynb #sample
-def odd_sample(pieces: Iterable[bytes],
+def odd_sample(pieces: Iterable[bytes],  # of a file, cut anywhere
                size: int = 2**16,  # bytes to look at
               ) -> bytes:  # b"" if all of it is UTF-8
     "Find the first place that is not UTF-8, with what stands around it."
@@ -162,10 +164,10 @@ def odd_sample(pieces: Iterable[bytes],
 # %% ../../nbs/data/302_bytes.ipynb #blocks
 LONGEST = 64 * 2**20  # bytes that one row may have
 
-def blocks(pieces: Iterable[bytes],
+def blocks(pieces: Iterable[bytes],  # of a file, cut anywhere
            name: str,  # of the file, for messages
           ) -> Iterator[bytes]:  # each of whole lines
-    "Cut a stream after ends of lines."
+    "Cut a stream after ends of lines; raise DataError for a line of more than LONGEST bytes."
     carry = b""
     for piece in pieces:
         carry += piece

@@ -23,7 +23,8 @@ from .splits import normalise
 # %% ../../nbs/data/352_checks.ipynb #values
 NULLS = {"none", "null", "nan", "na", "n/a", "#n/a", "nil", "<na>", "undefined", "missing", "-", "?"}
 
-def check_values(table: Table) -> list[Finding]:
+def check_values(table: Table,  # from `table_of`
+                ) -> list[Finding]:
     "Find texts and answers that are missing, of another type, or words for nothing."
     out = []
     for name, values in (("text", table.texts), ("answer", table.answers or [])):
@@ -38,12 +39,14 @@ def check_values(table: Table) -> list[Finding]:
     return out
 
 # %% ../../nbs/data/352_checks.ipynb #label-values
-def label_fault(value: Any) -> str:  # "" for nothing
+def label_fault(value: Any,  # a label, as read
+               ) -> str:  # "" for nothing
     "Name what is wrong with a label."
     if isinstance(value, float) and math.isinf(value): return "is not finite"
     return fault(value, (str, bool, int, float, np.generic))
 
-def check_label_values(table: Table) -> list[Finding]:
+def check_label_values(table: Table,  # from `table_of`; its labels may be None
+                      ) -> list[Finding]:
     "Find labels that are missing, of another type, of mixed types, or words for nothing."
     labels = table.labels or []
     found = ["" if isinstance(v, str) and v.isalnum() else label_fault(v) for v in labels]
@@ -60,7 +63,8 @@ def check_label_values(table: Table) -> list[Finding]:
     return out + tell(table, "label says nothing", "note", empty, "{n} labels are a word for nothing.", "take these rows out if a program wrote them", labels)
 
 # %% ../../nbs/data/352_checks.ipynb #spelling
-def spelling(label: Any) -> str:
+def spelling(label: Any,  # as read
+            ) -> str:  # without case, invisible marks, and the kind of blank between words
     "Fold a label to what its spellings share."
     visible = re.sub(r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]", "", str(label))
     return re.sub(r"(?<=\w)[\s_-]+(?=\w)", "_", normalise(visible))
@@ -80,7 +84,8 @@ def told_apart(group: Sequence[str],  # spellings of one name
     quoted = [repr(p) if plain.count(p) == 1 and v == p == unicodedata.normalize("NFC", v) else ascii(mask(v)[:40]) for v, p in zip(group, plain)]
     return " = ".join(quoted[:4]) + (", ..." if len(group) > 4 else "")
 
-def check_spelling(table: Table) -> list[Finding]:
+def check_spelling(table: Table,  # from `table_of`; its labels and groups count
+                  ) -> list[Finding]:
     "Find classes and groups that are spelt in several ways."
     out = []
     for name, values in (("label", table.labels or []), *((f"group {g!r}", v) for g, v in table.groups.items())):
@@ -96,7 +101,8 @@ def check_spelling(table: Table) -> list[Finding]:
 # %% ../../nbs/data/352_checks.ipynb #sizes
 LEAST = 10  # rows of a class
 
-def check_classes(table: Table) -> list[Finding]:
+def check_classes(table: Table,  # from `table_of`; its labels may be None
+                 ) -> list[Finding]:
     "Find a lone class, classes with few rows, classes that train lacks, and a lopsided count."
     labels = named(table.labels or [])
     n = Counter(v for v in labels if v is not None)
@@ -119,7 +125,8 @@ def check_classes(table: Table) -> list[Finding]:
 # %% ../../nbs/data/352_checks.ipynb #groups
 LEAST_GROUP = 30  # rows of a group
 
-def check_groups(table: Table) -> list[Finding]:
+def check_groups(table: Table,  # from `table_of`
+                ) -> list[Finding]:
     "Find rows without a group, and groups with few rows."
     out = []
     for name, values in table.groups.items():

@@ -29,12 +29,14 @@ ROLES = {"text": "text sentence utterance query review tweet document comment co
          "key": "answer answerkey label correct gold target"}
 NUMBERED = re.compile(r"(ans|answer|choice|option|ending|opt)_?([0-9a-h])|([a-e])", re.I)  # one column per choice
 
-def plain_name(name: str) -> str:
+def plain_name(name: str,  # as in the file
+              ) -> str:  # lower case, without _, - and blanks
     "Fold a column name for comparing."
     return name.lower().replace("_", "").replace("-", "").replace(" ", "")
 
 # %% ../../nbs/data/320_columns.ipynb #candidates
-def candidates(rows: Rows, role: str,
+def candidates(rows: Rows,  # from `read_rows`
+               role: str,  # a key of `ROLES`
                leave: Sequence[str] = (),  # columns that serve something else
               ) -> list[str]:  # columns in the order of the file
     "List the columns that may have a role, none of them empty throughout."
@@ -43,7 +45,8 @@ def candidates(rows: Rows, role: str,
     return [n for i, n in enumerate(table.column_names) if plain_name(n) in wanted and n not in leave and table.column(i).null_count < len(table)]
 
 # %% ../../nbs/data/320_columns.ipynb #numbered
-def choice_columns(names: Sequence[str]) -> list[str]:  # of one family, in order; empty if there is none
+def choice_columns(names: Sequence[str],  # of the columns of a file, in its order
+                  ) -> list[str]:  # of one family, in order; empty if there is none
     "Find columns that hold one choice each."
     families: dict[str, list[str]] = {}
     for name in names:
@@ -68,7 +71,9 @@ class Columns:
         return f"Form: {self.form}; {shown}" + (f" (inferred: {', '.join(self.inferred)})." if self.inferred else ".")
 
 # %% ../../nbs/data/320_columns.ipynb #pick
-def pick(rows: Rows, role: str, given: Mapping[str, Any],
+def pick(rows: Rows,  # from `read_rows`
+         role: str,  # a key of `ROLES`
+         given: Mapping[str, Any],  # role -> column, where known
          leave: Sequence[str] = (),  # columns that serve something else
         ) -> list[Any]:  # candidates; one if the role is clear
     "Find who may have a role: what was given, a column with the very name, or all that fit."
@@ -78,7 +83,9 @@ def pick(rows: Rows, role: str, given: Mapping[str, Any],
     return [role] if role in ("text", "label") and role in rows.table.column_names and role not in leave else found
 
 # %% ../../nbs/data/320_columns.ipynb #match
-def match(rows: Rows, form: str, given: Mapping[str, Any],
+def match(rows: Rows,  # from `read_rows`
+          form: str,  # a key of `FORMS`
+          given: Mapping[str, Any],  # role -> column, where known
           leave: Sequence[str] = (),  # columns that serve something else
          ) -> dict[str, list[Any]] | None:  # role -> candidates; None if a role has none
     "Find the candidates for each role of a form."
@@ -87,17 +94,18 @@ def match(rows: Rows, form: str, given: Mapping[str, Any],
     return None if any(not found[r] for r in must) else {r: c for r, c in found.items() if c}
 
 # %% ../../nbs/data/320_columns.ipynb #used
-def used(found: Mapping[str, list[Any]]) -> set[str]:  # names of columns
+def used(found: Mapping[str, list[Any]],  # role -> candidates, from `match`
+        ) -> set[str]:  # names of columns
     "Collect the columns that a form explains."
     return {n for c in found.values() for one in c for n in ([one] if isinstance(one, str) else one)}
 
 # %% ../../nbs/data/320_columns.ipynb #detect
-def detect(rows: Rows,
+def detect(rows: Rows,  # from `read_rows`; their names count, and which columns are empty
            form: str | None = None,  # a key of `FORMS`; None: found
            given: Mapping[str, Any] | None = None,  # role -> column, where known
            leave: Sequence[str] = (),  # columns that serve something else
           ) -> Columns:
-    "Find the form of rows and the column of each role, or list what is in doubt."
+    "Find the form of rows and the column of each role; raise DataError with what is in doubt, ConfigurationError for an unknown form."
     given = {r: c for r, c in (given or {}).items() if c is not None}
     if form not in (None, *FORMS): raise ConfigurationError(f"form={form!r}", fix=f"use one of {', '.join(FORMS)}")
     fits = {f: m for f in ([form] if form else FORMS) if (m := match(rows, f, given, leave)) and set(given) <= set(FORMS[f][0] + FORMS[f][1])}
@@ -111,21 +119,28 @@ def detect(rows: Rows,
     return settle_roles(rows, best[0], fits[best[0]], given)
 
 # %% ../../nbs/data/320_columns.ipynb #settle
-def apart(rows: Rows, names: Sequence[str]) -> bool:
+def apart(rows: Rows,  # from `read_rows`
+          names: Sequence[str],  # of columns, two or more
+         ) -> bool:
     "Tell whether no row has a value in two of the columns."
     return all(sum(v is not None for v in values) < 2 for values in zip(*(column(rows, n) for n in names)))
 
 # %% ../../nbs/data/320_columns.ipynb #settle-roles
-def settle_roles(rows: Rows, form: str, found: Mapping[str, list[Any]], given: Mapping[str, Any]) -> Columns:
-    "Take the only candidate of each role, or refuse."
+def settle_roles(rows: Rows,  # from `read_rows`; for its name, and what stands in two conversations
+                 form: str,  # a key of `FORMS`
+                 found: Mapping[str, list[Any]],  # role -> candidates, from `match`
+                 given: Mapping[str, Any],  # role -> column, where known
+                ) -> Columns:
+    "Take the only candidate of each role; raise DataError if there are several."
     for role, several in found.items():
         if len(several) > 1 and not (role == "messages" and apart(rows, several)):  # two spellings of a conversation, in different rows
             raise DataError(f"{len(several)} columns may be the {role}: {', '.join(str(c) for c in several)}", rows.name, f"say which, e.g. {role}={several[0]!r}")
     return Columns(form, {r: c[0] for r, c in found.items()}, tuple(r for r in found if r not in given))
 
 # %% ../../nbs/data/320_columns.ipynb #template
-def template_columns(template: str) -> list[str]:  # empty if this is a plain column name
-    "List the columns that a template names."
+def template_columns(template: str,  # such as "{title}: {body}"
+                    ) -> list[str]:  # empty if this is a plain column name
+    "List the columns that a template names; raise ConfigurationError for anything else in braces."
     try: parts = list(Formatter().parse(template))
     except ValueError: return []
     for _, name, spec, conversion in parts:
@@ -134,12 +149,13 @@ def template_columns(template: str) -> list[str]:  # empty if this is a plain co
     return [name for _, name, _, _ in parts if name]
 
 # %% ../../nbs/data/320_columns.ipynb #is-blank
-def is_blank(value: Any) -> bool:
+def is_blank(value: Any,  # as read; NaN is missing, too
+            ) -> bool:
     "Tell whether a value is missing or empty."
     return value is None or isinstance(value, float) and value != value or isinstance(value, str) and not value.strip()
 
 # %% ../../nbs/data/320_columns.ipynb #joined
-def joined_column(rows: Rows,
+def joined_column(rows: Rows,  # from `read_rows`; is not changed
                   template: str | Sequence[str],  # column, template, or names to join by line breaks
                  ) -> tuple[Rows, str]:  # rows with one column more where needed, and its name
     "Put several columns together into one text."

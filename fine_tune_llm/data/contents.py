@@ -19,7 +19,7 @@ import numpy as np
 from .findings import Finding, Table, private, tell
 
 # %% ../../nbs/data/354_contents.ipynb #lengths
-def lengths(texts: Sequence[str],
+def lengths(texts: Sequence[str],  # n, as written
             tokenizer: Any = None,  # a transformers tokenizer, or a callable: text -> pieces; None for words
            ) -> np.ndarray:  # per text, int64
     "Count the tokens or words of each text."
@@ -29,7 +29,7 @@ def lengths(texts: Sequence[str],
     return np.array(found, np.int64)
 
 # %% ../../nbs/data/354_contents.ipynb #check-lengths
-def check_lengths(table: Table,
+def check_lengths(table: Table,  # from `table_of`
                   n: np.ndarray,  # tokens or words per row, answer included
                   unit: str,  # "tokens" or "words"
                   max_length: int | None = None,  # what the model will see; None if that is not known
@@ -53,7 +53,8 @@ DAMAGE = (("lost letters", "warn", re.compile("\ufffd"), "{n} texts hold U+FFFD,
           ("invisible marks", "note", re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\U000e0000-\U000e007f]"),
            "{n} texts hold marks that no screen shows.", "take them out, unless they order right-to-left text"))
 
-def check_damage(table: Table) -> list[Finding]:
+def check_damage(table: Table,  # from `table_of`
+                ) -> list[Finding]:
     "Find texts that bear the marks of a wrong encoding or of another program."
     odd = [(i, t) for i, t in enumerate(table.texts) if isinstance(t, str) and not (t.isascii() and t.isprintable())]
     return [f for name, severity, p, message, fix in DAMAGE
@@ -61,22 +62,26 @@ def check_damage(table: Table) -> list[Finding]:
 
 # %% ../../nbs/data/354_contents.ipynb #script
 @lru_cache(10_000)
-def script(letter: str) -> str:  # "" for what is no letter
+def script(letter: str,  # one character
+          ) -> str:  # such as "LATIN"; "" for what is no letter
     "Name the script of a letter."
     return unicodedata.name(letter, "").split(" ")[0].split("-")[0] if letter.isalpha() else ""
 
-def script_of(text: str) -> str:  # "" for a text without letters
+def script_of(text: str,  # in any script, or several
+             ) -> str:  # "" for a text without letters
     "Name the script that most letters of a text belong to."
     if text.isascii(): return "LATIN" if re.search("[A-Za-z]", text) else ""
     n = Counter(filter(None, map(script, text)))
     return n.most_common(1)[0][0] if n else ""
 
-def disguised(text: str) -> bool:
+def disguised(text: str,  # of any length; one word is enough
+             ) -> bool:
     "Tell whether a word mixes Latin and Cyrillic letters."
     return not text.isascii() and any({"LATIN", "CYRILLIC"} <= set(map(script, w)) for w in re.findall(r"\w+", text) if not w.isascii())
 
 # %% ../../nbs/data/354_contents.ipynb #check-scripts
-def check_scripts(table: Table) -> list[Finding]:
+def check_scripts(table: Table,  # from `table_of`
+                 ) -> list[Finding]:
     "Find sets of several scripts, and words of two."
     found = [script_of(t) if isinstance(t, str) else "" for t in table.texts]
     n = Counter(filter(None, found))
@@ -87,7 +92,8 @@ def check_scripts(table: Table) -> list[Finding]:
     return out + tell(table, "words of two scripts", "warn", mixed, "{n} texts mix Latin and Cyrillic letters in a word.", "replace the look-alikes", table.texts)
 
 # %% ../../nbs/data/354_contents.ipynb #check-private
-def check_private(table: Table) -> list[Finding]:
+def check_private(table: Table,  # from `table_of`; texts and answers count
+                 ) -> list[Finding]:
     "Count rows that seem to hold private details, without showing them."
     found: dict[str, list[int]] = {}
     for i, (text, answer) in enumerate(zip(table.texts, table.answers or [""] * len(table))):

@@ -19,7 +19,7 @@ TOOLS = ("tool_calls", "tool_call_id", "name")  # keys that templates read and t
 def turn(message: Mapping[str, Any],  # as written, with role and content, or from and value
          number: int,  # of the turn, from 1, for messages
         ) -> dict[str, Any]:  # role and content, and keys of TOOLS
-    "Bring one turn to the common form, or say why it cannot be used."
+    "Bring one turn to the common form; raise ValueError that says why it cannot be used."
     if not isinstance(message, Mapping): raise ValueError(f"turn {number} is a {type(message).__name__}, not an object")
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     if not isinstance(role, str) or role.lower() not in ROLES: raise ValueError(f"turn {number} has the unknown role {role!r}")
@@ -33,13 +33,14 @@ def turn(message: Mapping[str, Any],  # as written, with role and content, or fr
 FORMS = {"messages": ("messages",), "conversations": ("conversations",), "prompt and completion": ("prompt", "completion"),
          "instruction and output": ("instruction", "output")}
 
-def said(role: str, content: Any) -> list[Any]:
+def said(role: str, content: Any,  # who speaks, for a text; a text, or a list of turns
+        ) -> list[Any]:
     "Make turns of a text, or of a list that holds turns already."
     return list(content) if isinstance(content, list | tuple) else [{"role": role, "content": content}]
 
 def written(row: Mapping[str, Any],  # one row
            ) -> list[Any]:  # its turns, as written
-    "Find the turns of a row, whatever its columns are called."
+    "Find the turns of a row, whatever its columns are called; raise ValueError for none or two forms."
     held = {key for key, value in row.items() if value is not None and not (isinstance(value, float) and value != value)}
     forms = [name for name, keys in FORMS.items() if held.issuperset(keys)]
     if not forms: raise ValueError(f"no conversation in the columns {', '.join(map(str, row))}")
@@ -55,7 +56,7 @@ def written(row: Mapping[str, Any],  # one row
 # %% ../../nbs/data/371_conversations.ipynb #conversation
 def conversation(row: Mapping[str, Any],  # one row, in any of the forms
                 ) -> list[dict[str, Any]]:  # its turns: role and content
-    "Bring a row to a list of turns, or say why nothing can be learned from it."
+    "Bring a row to a list of turns; raise ValueError that says why nothing can be learned from it."
     turns = [turn(message, i) for i, message in enumerate(written(row), 1)]
     spoken = [t["role"] for t in turns if t["role"] not in ("system", "developer")]
     if not spoken: raise ValueError("no turns")

@@ -22,11 +22,11 @@ from .splits import normalise
 class Grades:
     "Hold which rows are the same, in four grades."
     exact: np.ndarray  # a number per row, -1 for a row without text
-    cased: np.ndarray
-    folded: np.ndarray
+    cased: np.ndarray  # the same but for case, blanks and compatibility forms
+    folded: np.ndarray  # the same but for punctuation, too
     near: np.ndarray  # the same as `folded` where near duplicates were not looked for
 
-def grades(table: Table,
+def grades(table: Table,  # from `table_of`; its texts count, not its answers
            near: float | None = 0.8,  # least likeness of near duplicates; None not to look for them
           ) -> Grades:
     "Number rows by what they say."
@@ -48,7 +48,9 @@ def repeats(number: np.ndarray,  # a grade
     "Mark rows that say again what a row of the same split has said."
     return (number >= 0) & pd.DataFrame({"n": number, "s": split}).duplicated().to_numpy()
 
-def check_copies(table: Table, g: Grades) -> list[Finding]:
+def check_copies(table: Table,  # from `table_of`
+                 g: Grades,  # of the same table
+                ) -> list[Finding]:
     "Count rows that repeat an earlier one of the same split, by grade."
     split = pd.factorize(np.array(table.splits, object))[0]
     exact, folded, near = (repeats(n, split) for n in (g.exact, g.folded, g.near))
@@ -60,7 +62,9 @@ def check_copies(table: Table, g: Grades) -> list[Finding]:
                   "split_data keeps them on one side", table.texts)]
 
 # %% ../../nbs/data/356_copies.ipynb #conflicts
-def check_conflicts(table: Table, g: Grades) -> list[Finding]:
+def check_conflicts(table: Table,  # from `table_of`
+                    g: Grades,  # of the same table; folded copies count as one text
+                   ) -> list[Finding]:
     "Find texts that carry more than one label, and answers that repeat their text."
     out = []
     if table.labels is not None:
@@ -79,7 +83,8 @@ def check_conflicts(table: Table, g: Grades) -> list[Finding]:
     return out
 
 # %% ../../nbs/data/356_copies.ipynb #leaks
-def leaks(table: Table, g: Grades) -> pd.DataFrame:  # earlier, later, rows of later, and of these exact, cased, folded, near
+def leaks(table: Table, g: Grades,  # from `table_of`, and its grades
+         ) -> pd.DataFrame:  # earlier, later, rows of later, and of these exact, cased, folded, near
     "Count the rows of each split that stand in an earlier one."
     split, rows = np.array(table.splits, object), []
     for a, b in combinations(table.names, 2):
@@ -89,7 +94,9 @@ def leaks(table: Table, g: Grades) -> pd.DataFrame:  # earlier, later, rows of l
     return pd.DataFrame(rows, columns=["earlier", "later", "rows", "exact", "cased", "folded", "near"])
 
 # %% ../../nbs/data/356_copies.ipynb #check-leaks
-def check_leaks(table: Table, g: Grades) -> list[Finding]:
+def check_leaks(table: Table,  # from `table_of`, with at least two splits to find anything
+                g: Grades,  # of the same table
+               ) -> list[Finding]:
     "Find rows that stand on both sides of a split."
     split, out = np.array(table.splits, object), []
     fix, keep = "load both with load_data(..., test=...), which sets them aside in the earlier", "take them out of the earlier; split_data keeps such rows on one side"

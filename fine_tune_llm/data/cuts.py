@@ -20,7 +20,9 @@ def first_true(mask: np.ndarray,  # bool [T], one per token
     found = where[np.searchsorted(where, start[:-1])]
     return np.minimum(found, start[1:]) - start[:-1]
 
-def count_true(mask: np.ndarray, start: np.ndarray) -> np.ndarray:  # int64 [n]
+def count_true(mask: np.ndarray,  # bool [T], one per token
+               start: np.ndarray,  # int64 [n + 1], where rows start
+              ) -> np.ndarray:  # int64 [n]
     "Count the True of each row."
     total = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
     return total[start[1:]] - total[start[:-1]]
@@ -28,7 +30,7 @@ def count_true(mask: np.ndarray, start: np.ndarray) -> np.ndarray:  # int64 [n]
 # %% ../../nbs/data/376_cuts.ipynb #cut
 CUTS = ("end", "prompt-left", "prompt-middle")
 
-def cut_tokens(e: Encoded,
+def cut_tokens(e: Encoded,  # n rows of T tokens together
                max_length: int,  # tokens that a row may keep
                cut: str,  # one of CUTS
                keep: np.ndarray,  # int64 [n], tokens at the beginning that are never cut
@@ -48,7 +50,7 @@ def cut_tokens(e: Encoded,
     return (place >= end) | (place >= left) & (place < right)
 
 # %% ../../nbs/data/376_cuts.ipynb #fates
-def settle_fates(e: Encoded,
+def settle_fates(e: Encoded,  # n rows of T tokens together
                  gone: np.ndarray,  # bool [T], True where a token is cut
                  whole: bool,  # True to drop rows whose answer lost a token
                 ) -> np.ndarray:  # uint8 [T], positions in FATES

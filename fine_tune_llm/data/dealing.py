@@ -49,9 +49,9 @@ def unit_names(ids: Sequence[str],  # content hashes, n
 def stratified(u: np.ndarray,  # a draw per unit
                n: np.ndarray,  # rows per unit
                stratum: np.ndarray,  # class per unit
-               seed: int,
+               seed: int,  # another seed, another turn of each class
               ) -> np.ndarray:  # a number in [0, 1) per unit, evenly spread in each class
-    "Spread the units of each class evenly over the unit interval, in the order of their draws."
+    "Spread the units of each class evenly over the unit interval, in the order of their draws (systematic sampling)."
     frame = pd.DataFrame({"u": u, "n": n, "stratum": stratum}).sort_values(["stratum", "u"], kind="stable")
     by = frame.groupby("stratum")["n"]
     turn = frame["stratum"].map({s: draw([f"stratum {s}"], seed)[0] for s in frame["stratum"].unique()}).astype(float)
@@ -61,7 +61,7 @@ def stratified(u: np.ndarray,  # a draw per unit
 # %% ../../nbs/data/312_dealing.ipynb #moments
 def moments(times: Sequence[Any],  # numbers, dates, or texts that pandas reads as dates
            ) -> np.ndarray:  # float, in order of time
-    "Turn times into numbers, or name the rows that have none."
+    "Turn times into numbers; raise DataError that names the rows that have none."
     values = pd.Series(list(times), dtype=object)
     numbers = pd.to_numeric(values, errors="coerce")
     if numbers.isna().any():
@@ -95,7 +95,7 @@ def fix_given(given: Sequence[str],  # a key of RANK per row
               unit: np.ndarray,  # unit number per row
               groups: Sequence[Any] | None = None,  # group per row
              ) -> tuple[np.ndarray, np.ndarray]:  # (a key of RANK per unit, True per row that is to be set aside)
-    "Place units as their rows say, in the split that needs them most."
+    "Place units as their rows say, in the split that needs them most; raise DataError for a group in two."
     strange = [g for g in given if g not in RANK]
     if strange: raise DataError(f"{strange[0]!r} is no split", fix=f"use {', '.join(list(RANK)[1:])}")
     names, rank = np.array(list(RANK), object), np.array([RANK[g] for g in given])
@@ -113,7 +113,9 @@ def fix_given(given: Sequence[str],  # a key of RANK per row
 def fix_ledger(ledger: Mapping[str, str],  # id -> split, of an earlier deal
                ids: Sequence[str], unit: np.ndarray,  # id and unit number per row
               ) -> tuple[np.ndarray, np.ndarray]:  # (a split or "" per unit, a split, "" or "aside" per row)
-    "Leave known rows where they were, and let newcomers follow them."
+    "Leave known rows where they were, and let newcomers follow them; raise DataError for an unknown split."
+    strange = sorted(set(ledger.values()) - {*SPLITS, "shift"})
+    if strange: raise DataError(f"{strange[0]!r} is no split", "ledger", f"use {', '.join(SPLITS)} or shift")
     known = pd.Series([ledger.get(i) for i in ids], dtype=object)
     frame = pd.DataFrame({"unit": unit, "known": known}).dropna()
     sides = frame.groupby("unit")["known"].agg(["first", "nunique"]).reindex(range(unit.max() + 1 if len(unit) else 0))
@@ -131,7 +133,11 @@ class Deal:
     notes: tuple[str, ...] = ()  # what a reader should know, one sentence each
 
     def __len__(self) -> int: return len(self.place)
-    def count(self, split: str) -> int: return int((self.place == split).sum())
+    def count(self,
+              split: str,  # its name; "" for rows set aside
+             ) -> int:
+        "Count the rows of a split."
+        return int((self.place == split).sum())
     def __repr__(self) -> str:
         counts = ", ".join(f"{self.count(s):,} {s or 'set aside'}" for s in (*SPLITS, "shift", "") if self.count(s))
         return "\n".join([f"{len(self):,} rows in {len(set(self.unit)):,} units: {counts}", *self.notes])
@@ -150,7 +156,7 @@ def deal_notes(unit: np.ndarray,  # unit number per row
 
 # %% ../../nbs/data/312_dealing.ipynb #places
 def unit_places(units: pd.DataFrame,  # one row per unit: u, n, and perhaps stratum and when
-                sizes: Sequence[float], seed: int,
+                sizes: Sequence[float], seed: int,  # four shares, or five with `when`; another seed, another deal
                ) -> np.ndarray:  # a split per unit
     "Deal units by time, by strata or by their draws alone."
     if "when" in units: return by_time(units["when"].to_numpy(), units["n"].to_numpy(), units["u"].to_numpy(), sizes)
@@ -159,8 +165,11 @@ def unit_places(units: pd.DataFrame,  # one row per unit: u, n, and perhaps stra
     return np.array(SPLITS)[np.searchsorted(np.cumsum(sizes)[:3] / np.sum(sizes), u, side="right")]
 
 # %% ../../nbs/data/312_dealing.ipynb #check-sizes
-def check_sizes(sizes: Sequence[float], timed: bool, fixed: bool) -> None:
-    "Refuse shares that mean nothing."
+def check_sizes(sizes: Sequence[float],  # shares of train, validation, calibration, test, and perhaps shift
+                timed: bool,  # rows have times, so a fifth share makes sense
+                fixed: bool,  # given= and ledger= are both there
+               ) -> None:
+    "Raise ConfigurationError for shares that mean nothing."
     assign([], 0, tuple(sizes)[:4])  # refuses what are no four shares
     if len(sizes) == 5 and not timed or len(sizes) > 5 or min(sizes) < 0:
         raise ConfigurationError(f"a fifth share, {tuple(sizes)[4:]}, is for the latest rows", fix="pass times=, or mark rows as 'shift' in given=")
@@ -168,9 +177,10 @@ def check_sizes(sizes: Sequence[float], timed: bool, fixed: bool) -> None:
 
 # %% ../../nbs/data/312_dealing.ipynb #unit-frame
 def unit_frame(ids: Sequence[str], unit: np.ndarray,  # id and unit number per row
-               groups: Sequence[Any] | None, times: Sequence[Any] | None,
+               groups: Sequence[Any] | None, times: Sequence[Any] | None,  # per row, None where not asked for
                strata: Sequence[Any] | None,  # class per row
-               seed: int) -> pd.DataFrame:  # u, n, and where asked for stratum and when
+               seed: int,  # another seed, other draws
+              ) -> pd.DataFrame:  # u, n, and where asked for stratum and when
     "Collect what a unit is dealt by."
     units = pd.DataFrame({"u": draw(list(unit_names(ids, unit, groups)), seed), "n": np.bincount(unit)})
     if strata is not None:  # the class of the row with the smallest id
@@ -191,7 +201,7 @@ def split_data(texts: Sequence[str],  # n texts, as written
                near: float | None = 0.8,  # likeness from which texts stay together; None for copies alone
                stratify: bool = False,  # True for the same share of each class in each split
               ) -> Deal:
-    "Deal rows to disjoint splits, keeping together what belongs together."
+    "Deal rows to disjoint splits, keeping together what belongs together; raise ConfigurationError or DataError for what cannot be."
     check_sizes(sizes, times is not None, given is not None and ledger is not None)
     if stratify and (labels is None or times is not None):
         raise ConfigurationError("stratify needs labels and no times", fix="pass labels=, and drop times= or stratify=")
@@ -212,7 +222,8 @@ def split_data(texts: Sequence[str],  # n texts, as written
 # %% ../../nbs/data/312_dealing.ipynb #free
 def assign_free(place: np.ndarray,  # a split per unit so far
                 free: np.ndarray,  # True per unit that is to be dealt
-                units: pd.DataFrame, sizes: Sequence[float], seed: int) -> np.ndarray:  # with the free units dealt
+                units: pd.DataFrame, sizes: Sequence[float], seed: int,  # u, n and more per unit; shares; another seed, another deal
+               ) -> np.ndarray:  # with the free units dealt
     "Deal the units that nothing has placed yet."
     place = place.copy()
     place[free] = unit_places(units[free].reset_index(drop=True), sizes, seed)

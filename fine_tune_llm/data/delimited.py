@@ -43,13 +43,13 @@ def separator(text: str,  # beginning of the file
 class Cursor:
     "Remember where a parser stands."
     name: str  # of the file, for messages
-    separator: str = ","
+    separator: str = ","  # one character; "" until it is found
     header: list[str] = field(default_factory=list)  # names of the columns
     line: int = 1  # line of the file at which the next block starts
     place: int = 1  # number of the next row
 
 # %% ../../nbs/data/303_delimited.ipynb #arrow
-def arrow(cursor: Cursor,
+def arrow(cursor: Cursor,  # its header names the columns
           columns: Sequence[Any],  # pyarrow arrays of strings, one per column
          ) -> Any:  # pyarrow.Table
     "Put the header over columns."
@@ -89,7 +89,7 @@ def odd_byte(text: str,  # decoded with errors="surrogateescape"
     return ""
 
 # %% ../../nbs/data/303_delimited.ipynb #judge-it
-def judge(fields: Sequence[str],
+def judge(fields: Sequence[str],  # of one record, decoded with errors="surrogateescape"
           width: int,  # columns of the header
          ) -> str:  # "" if the record can be used
     "Name what is wrong with a record."
@@ -98,7 +98,7 @@ def judge(fields: Sequence[str],
     return "" if any(fields) else "every field is empty"
 
 # %% ../../nbs/data/303_delimited.ipynb #careful
-def whole_lines(block: bytes,
+def whole_lines(block: bytes,  # UTF-8, from the beginning of a line
                 last: bool,  # nothing follows
                ) -> list[str]:  # with their ends
     "Split a block into lines; leave out the last one where its end may still come."
@@ -107,7 +107,7 @@ def whole_lines(block: bytes,
     return [line.decode("utf-8", "surrogateescape") for line in lines]
 
 # %% ../../nbs/data/303_delimited.ipynb #careful-it
-def careful(block: bytes,
+def careful(block: bytes,  # UTF-8, from the beginning of a record
             cursor: Cursor,  # is moved forward
             last: bool,  # nothing follows
            ) -> tuple[Part, int]:  # rows, and how many bytes of the block they took
@@ -130,7 +130,7 @@ def careful(block: bytes,
     return Part(arrow(cursor, columns), np.array(places, dtype=np.int64), bad), sum(len(s.encode("utf-8", "surrogateescape")) for s in lines[:done])
 
 # %% ../../nbs/data/303_delimited.ipynb #regular
-def regular(block: bytes,
+def regular(block: bytes,  # from the beginning of a record
             mark: str,  # separator
            ) -> np.ndarray | None:  # positions of the newlines that end a record; None if quotes are out of place
     "Find the ends of records, if the quoting leaves no doubt."
@@ -175,11 +175,11 @@ def _any_empty(table: Any) -> bool:
     return bool(pc.any(mask).as_py())
 
 # %% ../../nbs/data/303_delimited.ipynb #header
-def read_header(block: bytes,
+def read_header(block: bytes,  # UTF-8, from the beginning of the file
                 cursor: Cursor,  # is moved forward
                 last: bool,  # nothing follows
                ) -> int:  # bytes that the header took; 0 if it is not complete
-    "Read the names of the columns."
+    "Read the names of the columns; raise DataError if they are no text."
     short = block[:block.rfind(b"\n", 0, 2**16) + 1]  # most headers end here
     if short and len(short) < len(block) and (used := read_header(short, cursor, False)): return used
     lines = whole_lines(block, last)
@@ -192,7 +192,8 @@ def read_header(block: bytes,
     return 0
 
 # %% ../../nbs/data/303_delimited.ipynb #doubts
-def doubts(header: Sequence[str]) -> list[str]:  # one sentence each
+def doubts(header: Sequence[str],  # names of the columns
+          ) -> list[str]:  # one sentence each
     "State what is odd about a header."
     notes = [f"Column {n!r} occurs {header.count(n)} times." for n in dict.fromkeys(header) if header.count(n) > 1]
     data = next((n for n in header if len(n.split()) > 4 or len(n) > 60), "")
@@ -227,7 +228,7 @@ def csv_parts(pieces: Iterable[bytes],  # UTF-8, as far as the file is what it s
     finally: csv.field_size_limit(previous)
 
 # %% ../../nbs/data/303_delimited.ipynb #step
-def step(block: bytes,
+def step(block: bytes,  # UTF-8, from the beginning of a record
          cursor: Cursor,  # is moved forward
          last: bool,  # nothing follows
         ) -> tuple[Part, int]:  # rows, and how many bytes of the block they took

@@ -31,8 +31,9 @@ from .splits import Data
 # %% ../../nbs/data/330_docstrings.ipynb #root
 LIBRARIES = ("matplotlib", "numpy", "pandas", "scipy", "sklearn", "stdlib", "torch", "transformers")
 
-def root(library: str) -> Path:  # folder of the package
-    "Find the source of an installed library without importing it."
+def root(library: str,  # "stdlib", or the name by which it is imported
+        ) -> Path:  # folder of the package
+    "Find the source of an installed library without importing it; raise DataError if it is not there."
     if library == "stdlib": return Path(sysconfig.get_paths()["stdlib"])
     spec = importlib.util.find_spec(library)
     if spec is None or not spec.origin: raise DataError(f"library {library!r} is not installed", fix="install it, or leave it out of libraries=")
@@ -42,7 +43,8 @@ def root(library: str) -> Path:  # folder of the package
 SKIP = {"test", "tests", "testing", "_testing", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo",
         "ensurepip", "__pycache__"}
 
-def source_files(library: str) -> list[Path]:  # sorted; no tests, no other packages
+def source_files(library: str,  # "stdlib", or the name by which it is imported
+                ) -> list[Path]:  # sorted; no tests, no other packages
     "List the source files of a library."
     found = []
     for folder, inner, names in os.walk(root(library)):
@@ -51,16 +53,19 @@ def source_files(library: str) -> list[Path]:  # sorted; no tests, no other pack
     return sorted(found)
 
 # %% ../../nbs/data/330_docstrings.ipynb #paragraph
-def first_paragraph(doc: str) -> str:  # on one line
+def first_paragraph(doc: str,  # with line breaks, as in the source
+                   ) -> str:  # on one line
     "Take a docstring up to its first blank line."
     return " ".join(doc.split("\n\n")[0].split())
 
-def is_usable(paragraph: str) -> bool:
+def is_usable(paragraph: str,  # on one line, from `first_paragraph`
+             ) -> bool:  # 20 to 400 characters, at least three words
     "Tell whether a paragraph says something and stays short."
     return 20 <= len(paragraph) <= 400 and len(re.findall(r"[A-Za-z]{2,}", paragraph)) >= 3
 
 # %% ../../nbs/data/330_docstrings.ipynb #tree
-def syntax_tree(path: Path) -> ast.Module | None:  # None where the file is no Python of this version
+def syntax_tree(path: Path,  # of a source file
+               ) -> ast.Module | None:  # None where the file is no Python of this version
     "Parse a source file without running it."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -68,7 +73,8 @@ def syntax_tree(path: Path) -> ast.Module | None:  # None where the file is no P
         except (SyntaxError, ValueError, RecursionError): return None
 
 # %% ../../nbs/data/330_docstrings.ipynb #entries
-def entries(tree: ast.Module) -> Iterator[tuple[str, str, str, str]]:  # (kind, name, arguments or bases, docstring)
+def entries(tree: ast.Module,  # of one source file
+           ) -> Iterator[tuple[str, str, str, str]]:  # (kind, name, arguments or bases, docstring)
     "Walk over the functions, methods and classes that have a usable docstring."
     stack: list[tuple[Any, str]] = [(tree, "module")]
     while stack:
@@ -87,29 +93,39 @@ def entries(tree: ast.Module) -> Iterator[tuple[str, str, str, str]]:  # (kind, 
 NAMES = re.compile(r"(?i)(?<![a-z])(numpy|np|scipy|sklearn|scikit[- ]learn|scikit|pandas|pd|matplotlib|mpl|pyplot|plt|pylab|"
                    r"torch|pytorch|aten|transformers|hugging ?face|hf|c?python|stdlib)(?![a-z])")
 
-def scrub(text: str) -> str:
+def scrub(text: str,  # of an entry, as `render` writes it
+         ) -> str:
     "Put LIB in place of every name that gives a library away."
     return NAMES.sub("LIB", text)
 
-def render(kind: str, name: str, args: str, doc: str) -> str:
+def render(kind: str,  # "class", "function" or "method"
+           name: str,  # of the class or function
+           args: str,  # as they stand in the parentheses
+           doc: str,  # the docstring, or its first paragraph
+          ) -> str:
     "Write an entry the way it stands in source."
     return f'{"class" if kind == "class" else "def"} {name}({args})\n"""{doc}"""'
 
 # %% ../../nbs/data/330_docstrings.ipynb #side
-def module_group(library: str, path: Path, top: Path) -> str:  # e.g. "scipy.sparse.linalg"
+def module_group(library: str,  # its name
+                 path: Path, top: Path,  # of a source file, and of the folder of its library
+                ) -> str:  # e.g. "scipy.sparse.linalg"
     "Name the group of files that stays together."
     return ".".join((library, *path.relative_to(top).with_suffix("").parts)[:3])
 
-def side(group: str) -> str:  # "train" or "held-out"
+def side(group: str,  # from `module_group`
+        ) -> str:  # "train" or "held-out"
     "Place a group of files by the hash of its name."
     return "train" if int(sha256(group.encode()).hexdigest()[:8], 16) % 10 < 7 else "held-out"
 
 # %% ../../nbs/data/330_docstrings.ipynb #letters
-def letters(paragraph: str) -> str:
+def letters(paragraph: str,  # on one line, from `first_paragraph`
+           ) -> str:  # a to z, in lower case
     "Keep the letters alone, to compare paragraphs."
     return re.sub(r"[^a-z]", "", paragraph.lower())
 
-def length(text: str) -> str:
+def length(text: str,  # of an entry, as `render` writes it
+          ) -> str:  # "short" below 100, "medium" below 150, or "long"
     "Sort a text by its number of characters."
     return "short" if len(text) < 100 else "medium" if len(text) < 150 else "long"
 
@@ -117,7 +133,8 @@ def length(text: str) -> str:
 def harvest(library: str, quotas: Mapping[str, int],  # rows wanted per side
             seed: int,  # another seed, other files first
             seen: set[str],  # letters of paragraphs met so far; grows
-            counts: Counter[str]) -> list[dict[str, str]]:  # rows; `counts` grows by what was visited
+            counts: Counter[str],  # grows by the files that were visited and the duplicates met
+           ) -> list[dict[str, str]]:  # rows with text, label, part, kind and length
     "Visit files of a library in hash order until the quotas are full."
     top, rows, left = root(library), [], dict(quotas)
     def order(path: Path) -> str: return sha256(f"{seed}:{library}/{path.relative_to(top).as_posix()}".encode()).hexdigest()
@@ -136,7 +153,8 @@ def harvest(library: str, quotas: Mapping[str, int],  # rows wanted per side
     return rows
 
 # %% ../../nbs/data/330_docstrings.ipynb #version
-def version(library: str) -> str:
+def version(library: str,  # one of `LIBRARIES`, or any other that can be imported
+           ) -> str:  # "unknown" where no package says so
     "Look up the installed version of a library."
     if library == "stdlib": return platform.python_version()
     try: return importlib.metadata.version({"sklearn": "scikit-learn"}.get(library, library))
@@ -179,7 +197,7 @@ def docstrings(train: int = 600,  # rows per library from train modules
     return replace(data, notes=(*data.notes, *notes), manifest=manifest)
 
 # %% ../../nbs/data/330_docstrings.ipynb #pretraining
-def pretraining_texts(libraries: Sequence[str] = LIBRARIES,
+def pretraining_texts(libraries: Sequence[str] = LIBRARIES,  # names of installed ones
                       longest: int = 900,  # characters of a docstring that are kept
                      ) -> list[str]:  # one text per docstring
     "Collect the docstrings of all train modules, names scrubbed, without duplicates."

@@ -34,7 +34,8 @@ def between(run: re.Match[str],  # of `silent`
     return run[0].strip()[:1] or " " if text[a - 1:a].isdigit() and text[b:b + 1].isdigit() else ""
 
 # %% ../../nbs/data/306_duplicates.ipynb #fold
-def fold(text: str) -> str:  # for comparing, never for training
+def fold(text: str,  # as written
+        ) -> str:  # for comparing, never for training
     "Keep what a text says, without case, blanks and punctuation."
     plain = text.isascii()
     folded = text.lower() if plain else unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
@@ -67,11 +68,11 @@ BANDS, ROWS = 16, 4
 
 def meet(likeness: float,  # Jaccard likeness of two texts, 0 to 1
         ) -> float:  # probability
-    "Give the chance that two texts meet in at least one band."
+    "Give the chance that two texts meet in at least one band (Leskovec et al., Mining of Massive Datasets, 3.4.2)."
     return 1 - (1 - likeness**ROWS)**BANDS
 
 # %% ../../nbs/data/306_duplicates.ipynb #portions
-def portions(texts: Sequence[str],
+def portions(texts: Sequence[str],  # n, of any length
              most: int = 1_000_000,  # characters in a portion, so that memory stays flat
             ) -> Iterator[Sequence[str]]:
     "Take texts in portions of about equal length."
@@ -84,7 +85,7 @@ def portions(texts: Sequence[str],
 def sketch(texts: Sequence[str],  # folded
            size: int = 5,  # characters per shingle
           ) -> np.ndarray:  # shape [n, BANDS], uint32: equal where all minima of a band are
-    "Sketch texts by the minima of random rankings of their shingles, one number per band."
+    "Sketch texts by the minima of random rankings of their shingles, one number per band (MinHash, Broder 1997)."
     rng, out = np.random.default_rng(0), np.empty((len(texts), BANDS), np.uint32)
     odd = rng.integers(0, 2**31, (BANDS, ROWS), dtype=np.uint32) * np.uint32(2) + np.uint32(1)
     add, done = rng.integers(0, 2**32, (BANDS, ROWS), dtype=np.uint32), 0
@@ -125,7 +126,7 @@ def jaccard(texts: Sequence[str],  # folded
             size: int = 5,  # characters per shingle
             most: int = 20_000,  # pairs compared at a time
            ) -> np.ndarray:  # likeness per pair, 0 to 1
-    "Compare pairs of texts exactly."
+    "Compare pairs of texts exactly: shingles in both over shingles in either (Jaccard)."
     from scipy.sparse import csr_matrix
     out = np.zeros(len(a))
     for at in range(0, len(a), most):
@@ -144,7 +145,7 @@ def jaccard(texts: Sequence[str],  # folded
 def near_pairs(texts: Sequence[str],  # folded and distinct
                near: float = 0.8,  # least likeness, 0.7 to 1
               ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (positions of the first, of the second, likeness), per pair
-    "Find pairs of texts that are alike."
+    "Find pairs of texts that are alike; raise ConfigurationError for a likeness below 0.7."
     if not 0.7 <= near <= 1: raise ConfigurationError(f"near must be between 0.7 and 1, got {near}", fix="0.8 is a good start; 1 for equal texts")
     a, b = candidates(sketch(texts)) if len(texts) > 1 and near < 1 else (np.empty(0, int), np.empty(0, int))
     like = jaccard(texts, a, b)

@@ -26,7 +26,7 @@ from .templates import Rendering
 # %% ../../nbs/data/374_encoding.ipynb #affixes
 def affixes(tokenizer: Any,  # of transformers, or alike
            ) -> tuple[list[int], list[int]]:  # token ids before and behind every text
-    "Find the special tokens that a tokenizer puts around a text."
+    "Find the special tokens that a tokenizer puts around a text; raise ConfigurationError if it knows no letter."
     bare, full = (list(tokenizer("a", add_special_tokens=add)["input_ids"]) for add in (False, True))
     place = next((k for k in range(len(full) - len(bare) + 1) if full[k:k + len(bare)] == bare), None)
     if not bare or place is None:
@@ -34,18 +34,22 @@ def affixes(tokenizer: Any,  # of transformers, or alike
     return full[:place], full[place + len(bare):]
 
 # %% ../../nbs/data/374_encoding.ipynb #stops
-def special_tokens(tokenizer: Any) -> set[int]:
+def special_tokens(tokenizer: Any,  # of transformers, or alike
+                  ) -> set[int]:
     "List the token ids that stand for no text."
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
     return set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
-def end_tokens(tokenizer: Any) -> set[int]:
+def end_tokens(tokenizer: Any,  # of transformers, or alike
+              ) -> set[int]:  # special ones, but for unknown, begin and padding
     "List the token ids that can close an answer."
     others = {getattr(tokenizer, f"{name}_token_id", None) for name in ("unk", "bos", "pad")} - {tokenizer.eos_token_id}
     return special_tokens(tokenizer) - others
 
 # %% ../../nbs/data/374_encoding.ipynb #prefix
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int],  # token ids
+                  b: Sequence[int],  # token ids, mostly of the whole that begins with `a`
+                 ) -> int:
     "Count the tokens with which two sequences begin alike."
     if list(b[:len(a)]) == list(a): return len(a)
     return next(i for i, (x, y) in enumerate(zip([*a, None], [*b, None])) if x != y)
@@ -54,7 +58,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 def trim(ids: Sequence[int],  # of a row
          begin: int, end: int,  # of the answer in `ids`
          special: Collection[int],  # ids that stand for no text
-         tokenizer: Any,
+         tokenizer: Any,  # to decode what stands behind the end token
         ) -> int:  # where the answer ends: `end`, or less
     "Leave out blanks behind the token that ends an answer."
     last = next((i for i in range(end - 1, begin - 1, -1) if ids[i] in special), end - 1)
@@ -72,13 +76,15 @@ class Encoded:
 
     def __len__(self) -> int: return len(self.prefix)
     @property
-    def lengths(self) -> np.ndarray: return np.diff(self.start)  # tokens of each row, int64 [n]
+    def lengths(self) -> np.ndarray:  # int64 [n]
+        "Count the tokens of each row."
+        return np.diff(self.start)
 
 # %% ../../nbs/data/374_encoding.ipynb #tokens
 def mark(ids: Sequence[int],  # of the whole row
          answers: Sequence[tuple[Sequence[int], Sequence[int]]],  # per answer: ids before it, ids up to its end
          special: Collection[int],  # ids that stand for no text
-         tokenizer: Any,
+         tokenizer: Any,  # to decode what stands behind an end token
         ) -> tuple[np.ndarray, bool]:  # (True at each token of an answer, whether all before an answer is a prefix)
     "Mark the answers of a row."
     learn, sound = np.zeros(len(ids), bool), True
@@ -89,17 +95,18 @@ def mark(ids: Sequence[int],  # of the whole row
     return learn, sound
 
 # %% ../../nbs/data/374_encoding.ipynb #encode
-def tokenize(texts: Collection[str], tokenizer: Any) -> dict[str, list[int]]:  # text -> token ids, nothing added
+def tokenize(texts: Collection[str], tokenizer: Any,  # with repeats or not, and a tokenizer of transformers
+            ) -> dict[str, list[int]]:  # text -> token ids, nothing added
     "Tokenize distinct texts in one call."
     wanted = [t for t in dict.fromkeys(texts) if t]
     found = tokenizer(wanted, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if wanted else []
     return {"": [], **dict(zip(wanted, found))}
 
 # %% ../../nbs/data/374_encoding.ipynb #encode-row
-def encode_row(made: Rendering,
+def encode_row(made: Rendering,  # one row, rendered
                ids: dict[str, list[int]],  # of its texts
                first: list[int],  # ids that go before every text
-               special: Collection[int], tokenizer: Any,
+               special: Collection[int], tokenizer: Any,  # ids that stand for no text, and what gave them
               ) -> tuple[list[int], np.ndarray, bool]:  # (token ids, True where learned, whether sound)
     "Encode one row."
     first = [] if made.whole else first
@@ -111,7 +118,9 @@ def encode_row(made: Rendering,
     return full, learn, sound
 
 # %% ../../nbs/data/374_encoding.ipynb #encode-all
-def encode_chunks(renderings: Sequence[Rendering], tokenizer: Any) -> Iterator[tuple[list[int], np.ndarray, bool]]:
+def encode_chunks(renderings: Sequence[Rendering],  # n rows
+                  tokenizer: Any,  # of transformers, or alike
+                 ) -> Iterator[tuple[list[int], np.ndarray, bool]]:  # as `encode_row` gives them, one per row
     "Encode rows a thousand at a time."
     first, special = affixes(tokenizer)[0], special_tokens(tokenizer)
     for at in range(0, len(renderings), 1000):
@@ -119,7 +128,7 @@ def encode_chunks(renderings: Sequence[Rendering], tokenizer: Any) -> Iterator[t
         ids = tokenize([t for r in chunk for t in (r.text, *(t for pair in r.answers for t in pair))], tokenizer)
         for made in chunk: yield encode_row(made, ids, first, special, tokenizer)
 
-def encode_renderings(renderings: Sequence[Rendering],
+def encode_renderings(renderings: Sequence[Rendering],  # n rows, from `render_rows`
                       tokenizer: Any,  # of transformers, or alike
                      ) -> Encoded:
     "Turn rendered rows into tokens, and mark the answers."
@@ -132,14 +141,16 @@ def encode_renderings(renderings: Sequence[Rendering],
     return Encoded(np.concatenate(parts), np.concatenate(learn), start, np.array(sound, bool), np.array([r.ends != "none" for r in renderings], bool))
 
 # %% ../../nbs/data/374_encoding.ipynb #key
-def tokenizer_hash(tokenizer: Any) -> str:  # 64 hex digits
+def tokenizer_hash(tokenizer: Any,  # of transformers, or alike
+                  ) -> str:  # 64 hex digits
     "Hash all that decides how a tokenizer cuts."
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return sha256(json.dumps([words, affixes(tokenizer), sorted(special_tokens(tokenizer)), tokenizer.eos_token_id]).encode()).hexdigest()
 
 # %% ../../nbs/data/374_encoding.ipynb #content
-def content_hash(renderings: Sequence[Rendering], tokenizer: Any) -> str:  # 64 hex digits
+def content_hash(renderings: Sequence[Rendering], tokenizer: Any,  # n rows, and what would encode them
+                ) -> str:  # 64 hex digits
     "Hash all that decides an encoding."
     state = sha256(f"1 {tokenizer_hash(tokenizer)}\n".encode())
     for r in renderings: state.update(json.dumps([r.text, r.answers, r.ends, r.whole, r.marked]).encode() + b"\n")
@@ -148,7 +159,8 @@ def content_hash(renderings: Sequence[Rendering], tokenizer: Any) -> str:  # 64 
 # %% ../../nbs/data/374_encoding.ipynb #cache
 FIELDS = {"ids": np.int32, "learn": np.bool_, "start": np.int64, "prefix": np.bool_, "ends": np.bool_}
 
-def load_encoded(path: Path) -> Encoded | None:  # None where there is no whole file
+def load_encoded(path: Path,  # of a file that `encode_cached` wrote
+                ) -> Encoded | None:  # None where there is no whole file
     "Read an encoding, if it is there and sound."
     try:
         with np.load(path, allow_pickle=False) as file: e = Encoded(**{name: file[name] for name in FIELDS})
@@ -157,7 +169,8 @@ def load_encoded(path: Path) -> Encoded | None:  # None where there is no whole 
     return e if fits and e.start[0] == 0 and e.start[-1] == len(e.ids) == len(e.learn) and (e.lengths >= 0).all() else None
 
 # %% ../../nbs/data/374_encoding.ipynb #cached
-def encode_cached(renderings: Sequence[Rendering], tokenizer: Any,
+def encode_cached(renderings: Sequence[Rendering],  # n rows, from `render_rows`
+                  tokenizer: Any,  # of transformers, or alike
                   folder: str | Path | None,  # where encodings are kept; None: nowhere
                  ) -> Encoded:
     "Encode rows, or take the encoding of the same content from a folder."

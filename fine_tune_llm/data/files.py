@@ -43,8 +43,9 @@ class How:
     progress: bool | None = None  # show a bar; None: for more than 100 MB
 
 # %% ../../nbs/data/305_files.ipynb #check-how
-def check_how(how: How) -> How:
-    "Refuse settings that mean nothing."
+def check_how(how: How,  # as a caller gave it
+             ) -> How:  # the same
+    "Raise ConfigurationError for settings that mean nothing."
     if how.on_bad_row not in POLICIES: raise ConfigurationError(f"on_bad_row={how.on_bad_row!r}", fix=f"use one of {', '.join(POLICIES)}")
     if how.format not in (None, *FORMATS): raise ConfigurationError(f"format={how.format!r}", fix=f"use one of {', '.join(FORMATS)}")
     if how.delimiter is not None and (len(how.delimiter) != 1 or how.delimiter in '"\r\n'):
@@ -55,13 +56,15 @@ def check_how(how: How) -> How:
 ENDINGS = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".json": "jsonl", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt", ".text": "txt",
            ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
 
-def ending(path: Path) -> str:  # of `FORMATS`, or "" if the name says nothing
+def ending(path: Path,  # only its name is read
+          ) -> str:  # of `FORMATS`, or "" if the name says nothing
     "Read the format off a name, below the ending of an archive."
     inner = [s.lower() for s in path.suffixes if s.lower() not in (".gz", ".zst", ".zip")]
     return ENDINGS.get(inner[-1], "") if inner else ""
 
 # %% ../../nbs/data/305_files.ipynb #is-table
-def is_table(text: str) -> bool:
+def is_table(text: str,  # beginning of a file; 20 lines count, the last of them may be cut
+            ) -> bool:
     "Tell whether all lines have as many separators as the first."
     lines = [line for line in text.splitlines()[:20] if line.strip()]
     mark = separator(text)
@@ -85,9 +88,9 @@ def json_kind(text: str,  # begins with a brace or a bracket
 
 # %% ../../nbs/data/305_files.ipynb #text-kind
 def text_kind(head: bytes,  # beginning of the content, UTF-8
-              path: Path,
+              path: Path,  # its name decides where the content does not
              ) -> str:  # "csv", "tsv", "jsonl", "array", "object" or "txt"
-    "Name the format of a text."
+    "Name the format of a text; raise DataError where it cannot be told."
     text, named = head.decode("utf-8", "replace").lstrip(BLANK), ending(path)
     if text[:1] in ("{", "["): return json_kind(text, named if path.suffix.lower() != ".json" else "")
     if named == "jsonl" and text[:1] not in ('"', "") and is_table(text): return "csv"
@@ -110,11 +113,11 @@ def txt_parts(pieces: Iterable[bytes],  # UTF-8, as far as the file is what it s
                    np.array([i for i, _ in found if i not in bad], dtype=np.int64), [BadRow(name, i, why, "line") for i, why in bad.items()])
 
 # %% ../../nbs/data/305_files.ipynb #binary
-def binary_parts(path: Path,
+def binary_parts(path: Path,  # of the file or the archive around it
                  found: str,  # "parquet", "arrow" or "arrow stream"
                  packed: bool,  # is inside an archive
                 ) -> Iterator[Part]:
-    "Read a Parquet or Arrow file, batch by batch."
+    "Read a Parquet or Arrow file, batch by batch; raise DataError if it is broken."
     from pyarrow import parquet
     source, place = pa.BufferReader(b"".join(chunks(path))) if packed else pa.memory_map(str(path)), 1
     try:
@@ -138,7 +141,8 @@ def with_names(table: Any,  # pyarrow.Table
     return class_names(table, datasets.Features.from_arrow_schema(table.schema))
 
 # %% ../../nbs/data/305_files.ipynb #pieces
-def pieces_of(path: Path, how: How,
+def pieces_of(path: Path,  # of a file, packed or not
+              how: How,  # its encoding and progress
               notes: list[str],  # is filled with what was inferred
              ) -> Iterator[bytes]:  # UTF-8, as far as the file is what it says
     "Read the text of a file, unpacked and translated."
@@ -155,7 +159,7 @@ def pieces_of(path: Path, how: How,
         if bar is not None: bar.close()
 
 # %% ../../nbs/data/305_files.ipynb #peeked
-def peeked(pieces: Iterator[bytes],
+def peeked(pieces: Iterator[bytes],  # are taken up as far as needed
            size: int = 2**16,  # bytes wanted
           ) -> tuple[bytes, Iterator[bytes]]:  # the beginning, and all pieces
     "Look at the beginning of a stream."
@@ -164,10 +168,11 @@ def peeked(pieces: Iterator[bytes],
     return b"".join(seen)[:size], chain(seen, pieces)
 
 # %% ../../nbs/data/305_files.ipynb #open
-def open_file(path: Path, how: How,
+def open_file(path: Path,  # of a file, packed or not
+              how: How,  # what the caller says about it
               notes: list[str],  # is filled with what was inferred
              ) -> tuple[str, Iterator[Part]]:  # format, parts
-    "Recognise a file and start reading it."
+    "Recognise a file and start reading it; raise DataError if it is empty or of no known format."
     raw = next(chunks(path, size=2**12), b"")
     packed = kind(head_of(path))
     found = how.format if how.format in ("parquet", "arrow") else kind(raw)
@@ -180,14 +185,17 @@ def open_file(path: Path, how: How,
     return text_parts(path, pieces, how.format or text_kind(head, path), how, notes)
 
 # %% ../../nbs/data/305_files.ipynb #head-of
-def head_of(path: Path) -> bytes:
+def head_of(path: Path,  # of any file
+           ) -> bytes:  # at most 16; of an archive, before it is unpacked
     "Read the first bytes of a file as it is."
     with path.open("rb") as handle: return handle.read(16)
 
 # %% ../../nbs/data/305_files.ipynb #text-parts
-def text_parts(path: Path, pieces: Iterator[bytes],
+def text_parts(path: Path,  # its name decides the usual format
+               pieces: Iterator[bytes],  # UTF-8, as far as the file is what it says
                found: str,  # format
-               how: How, notes: list[str]) -> tuple[str, Iterator[Part]]:  # format, parts
+               how: How, notes: list[str],  # what the caller says, and a list that is filled with what was inferred
+              ) -> tuple[str, Iterator[Part]]:  # format, parts
     "Choose the parser of a text."
     name, named = path.name, ending(path)
     shown = {"array": "a JSON array", "object": "one JSON object", "jsonl": "JSON Lines", "csv": "delimited text", "tsv": "delimited text", "txt": "plain text"}
@@ -205,14 +213,16 @@ PARTS = {"train": "train", "training": "train", "valid": "validation", "validati
          "test": "test", "eval": "test", "calibration": "calibration"}
 ASIDE = ("dataset_info.json", "dataset_infos.json", "state.json", "README.txt", "LICENSE.txt")  # in folders of datasets, no rows
 
-def split_of(path: Path) -> str:  # "train", "test", ... or "" if the name says nothing
+def split_of(path: Path,  # only its name is read
+            ) -> str:  # "train", "test", ... or "" if the name says nothing
     "Read off a name which part of a benchmark a file is."
     words = re.findall("[a-z]+", path.stem.lower())
     return next((PARTS[w] for w in words if w in PARTS), "")
 
 # %% ../../nbs/data/305_files.ipynb #files-of
-def files_of(source: str | Path) -> list[Path]:  # at least one
-    "List the files that a path, a folder or a pattern stands for."
+def files_of(source: str | Path,  # path, folder, or pattern such as data/*.csv
+            ) -> list[Path]:  # at least one
+    "List the files that a path, a folder or a pattern stands for; raise DataError for none, or several splits."
     path = Path(source)
     if path.is_dir(): found = sorted(p for p in path.rglob("*") if p.is_file() and ending(p) and p.name not in ASIDE
                                      and not any(part.startswith(".") for part in p.relative_to(path).parts))
@@ -224,11 +234,12 @@ def files_of(source: str | Path) -> list[Path]:  # at least one
     return found
 
 # %% ../../nbs/data/305_files.ipynb #parts-of
-def parts_of(paths: Sequence[Path], how: How,
+def parts_of(paths: Sequence[Path],  # at least one
+             how: How,  # what the caller says about all of them
              notes: list[str],  # is filled with what was inferred
              units: list[str],  # is filled with what the places of each file count
             ) -> Iterator[tuple[int, Part]]:  # with the index of the file
-    "Read files one after the other."
+    "Read files one after the other; raise DataError if their columns differ."
     first: list[str] | None = None
     for i, path in enumerate(paths):
         found, parts = open_file(path, how, notes)
@@ -242,10 +253,11 @@ def parts_of(paths: Sequence[Path], how: How,
             yield i, part
 
 # %% ../../nbs/data/305_files.ipynb #read-files
-def read_files(paths: Sequence[Path], how: How,
+def read_files(paths: Sequence[Path],  # at least one, with the same columns
+               how: How,  # what the caller says about all of them
                name: str = "",  # of the source, for messages; "" for that of the file
               ) -> Rows:
-    "Read one or several files."
+    "Read one or several files; raise DataError that names the rows that cannot be used."
     notes: list[str] = []
     units: list[str] = []
     name = name or paths[0].name
@@ -261,8 +273,9 @@ def read_files(paths: Sequence[Path], how: How,
     return rows
 
 # %% ../../nbs/data/305_files.ipynb #check-single
-def check_single(rows: Rows) -> None:
-    "Refuse one object that holds lists under the name of a file of rows."
+def check_single(rows: Rows,  # of a file .json in which one row was found
+                ) -> None:
+    "Raise DataError for one object that holds lists under the name of a file of rows."
     inside = lists({n: decoded(rows.table.field(n), c)[0] for n, c in zip(rows.table.column_names, rows.table.columns)}) if len(rows) else {}
     if inside:
         shown = ", ".join(f"{p} ({n})" for p, n in list(inside.items())[:8])
@@ -274,7 +287,7 @@ def from_hub(name: str,  # "user/name", or "user/name:part"
              streaming: bool = False,  # fetch rows as they are read
              limit: int | None = None,  # rows to take at most
             ) -> Rows:
-    "Load a dataset of the Hugging Face hub by name."
+    "Load a dataset of the Hugging Face hub by name; raise DataError if there is none."
     import datasets
     repo, _, part = name.partition(":")
     try:
@@ -297,7 +310,8 @@ def batches_of(stream: Any,  # datasets.IterableDataset
 # %% ../../nbs/data/305_files.ipynb #read
 FILE_NAME = re.compile(r"\.(csv|tsv|tab|jsonl?|ndjson|parquet|arrow|feather|txt|text)(\.(gz|zst|zip))?$")
 
-def is_hub_name(source: str) -> bool:
+def is_hub_name(source: str,  # as the caller gave it
+               ) -> bool:
     "Tell a name of the hub from a path."
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", source)) and not FILE_NAME.search(source.lower()) and not Path(source).exists()
 
@@ -307,7 +321,7 @@ def read_rows(source: Any,  # path, pattern, folder, list of paths, hub name, li
               limit: int | None = None,  # for a hub name: rows to take at most
               **how: Any,  # fields of `How`: format, encoding, on_bad_row, delimiter, names, field, progress
              ) -> Rows:
-    "Read rows from wherever they are."
+    "Read rows from wherever they are; raise DataError for those that cannot be used, ConfigurationError for an unknown setting."
     unknown = sorted(set(how) - set(How.__dataclass_fields__))
     if unknown: raise ConfigurationError(f"unknown setting {unknown[0]!r}", fix=f"use one of {', '.join(How.__dataclass_fields__)}")
     settings = check_how(How(**how))

@@ -20,13 +20,15 @@ from .files import fault, read_rows
 from .splits import Data, Split
 
 # %% ../../nbs/data/350_findings.ipynb #private
-def luhn(number: str) -> bool:
-    "Check the last digit of a card number."
+def luhn(number: str,  # with blanks or dashes between the digits, or not
+        ) -> bool:
+    "Check the last digit of a card number (ISO/IEC 7812-1, annex B)."
     digits = [int(c) for c in reversed(number) if c.isdecimal()]
     return sum(d if i % 2 == 0 else sum(divmod(2 * d, 10)) for i, d in enumerate(digits)) % 10 == 0
 
-def iban(number: str) -> bool:
-    "Check the remainder of an account number."
+def iban(number: str,  # two letters, two digits, then letters and digits; blanks are passed over
+        ) -> bool:
+    "Check the remainder of an account number (ISO 13616: modulo 97)."
     plain = number.replace(" ", "")
     return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
 
@@ -43,18 +45,21 @@ PRIVATE: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
 HINT = re.compile(r"@|\d(?:\D{0,3}\d){3}|AKIA|gh[pousr]_|sk-|-----BEGIN", re.ASCII)  # what no private text lacks
 
 # %% ../../nbs/data/350_findings.ipynb #mask
-def private(text: str) -> list[str]:  # kinds, e.g. ["e-mail address"]
+def private(text: str,  # any
+           ) -> list[str]:  # kinds, e.g. ["e-mail address"]
     "Name the kinds of private detail in a text."
     if not HINT.search(text): return []
     return [kind for kind, (p, check) in PRIVATE.items() if any(check(m[0]) for m in p.finditer(text))]
 
-def mask(text: str) -> str:
+def mask(text: str,  # as read
+        ) -> str:  # such as "write to [e-mail address]"
     "Replace private details by their kind."
     for kind, (p, check) in PRIVATE.items(): text = p.sub(lambda m, k=kind, c=check: f"[{k}]" if c(m[0]) else m[0], text)  # type: ignore[misc]
     return text
 
 # %% ../../nbs/data/350_findings.ipynb #shown
-def safe(text: str) -> str:
+def safe(text: str,  # a text, a label or the name of a column
+        ) -> str:
     "Mask what is private, and write what is not printable as its code."
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in mask(text))
 
@@ -100,20 +105,23 @@ class Table:
 
     def __len__(self) -> int: return len(self.texts)
     @property
-    def names(self) -> list[str]: return list(dict.fromkeys(self.splits))
+    def names(self) -> list[str]:
+        "List the splits, in the order of their first rows."
+        return list(dict.fromkeys(self.splits))
 
 # %% ../../nbs/data/350_findings.ipynb #tell
 VERBS = {"have": "has", "hold": "holds", "mix": "mixes", "look": "looks", "are": "is", "seem": "seems", "repeat": "repeats", "stand": "stands", "differ": "differs"}
 
 def counted(message: str,  # a sentence with {n}
-            n: int) -> str:
+            n: int,  # rows, or what else is counted; 1 makes nouns and verbs singular
+           ) -> str:
     "Write a count into a sentence."
     if n == 1:
         message = re.sub(r"(\{n\}(?: more)? (?:row|text|label|answer))s\b", r"\1", message)
         message = re.sub(rf"(?<= )({'|'.join(VERBS)})\b", lambda m: VERBS[m[1]], message, count=1) if message.startswith("{n}") else message
     return message.replace("{n}", f"{n:,}")
 
-def tell(table: Table,
+def tell(table: Table,  # from `table_of`; says how many rows are quoted
          check: str, severity: str,  # as in Finding
          at: Sequence[int] | np.ndarray,  # positions of the rows it is about
          message: str, fix: str,  # as in Finding; {n} stands for the count
@@ -135,8 +143,9 @@ ANSWER = ("answer", "completion", "output", "response")
 def role(name: str | None,  # asked for; None to look for a usual one
          usual: Sequence[str], found: Sequence[str],  # usual names, and the columns that are there
          source: str,  # for messages
-         needed: bool) -> str | None:
-    "Choose the column of a role."
+         needed: bool,  # True to refuse where there is none
+        ) -> str | None:
+    "Choose the column of a role; raise DataError if it is not there, or twice."
     name = name or next((u for u in usual if u in found), None)
     if name is not None and found.count(name) == 1: return name
     if name is None and not needed: return None
@@ -144,7 +153,8 @@ def role(name: str | None,  # asked for; None to look for a usual one
     raise DataError(what, source, f"use one of: {', '.join(map(repr, found[:12]))}")
 
 # %% ../../nbs/data/350_findings.ipynb #flat
-def flat(value: Any) -> Any:  # a text where the value is a conversation, else the value
+def flat(value: Any,  # as read
+        ) -> Any:  # a text where the value is a conversation, else the value
     "Join the turns of a conversation."
     if not (isinstance(value, (list, np.ndarray)) and len(value) and all(isinstance(m, Mapping) for m in value)): return value
     return "\n".join(str(m.get("content", m.get("value", ""))) for m in value)
@@ -154,7 +164,7 @@ def from_source(source: Any, name: str,  # path, DataFrame, list of dicts...; na
                 text: str | None, label: str | None, answer: str | None,  # columns; None to look for a usual name
                 groups: Sequence[str], split: str | None,  # columns
                ) -> Table:
-    "Take the columns of a source."
+    "Take the columns of a source; raise DataError if one is not there."
     rows = read_rows(source)
     found = [str(c) for c in rows.frame.columns]
     def values(column: str | None) -> list[Any]: return [] if column is None else [flat(v) for v in rows.frame[column].tolist()]
@@ -166,7 +176,8 @@ def from_source(source: Any, name: str,  # path, DataFrame, list of dicts...; na
     return Table(values(t), values(y) if y else None, values(a) if a else None, given, splits, list(rows.places), columns, dict.fromkeys(set(splits), rows.unit))
 
 # %% ../../nbs/data/350_findings.ipynb #from-split
-def from_split(part: Split) -> Table:
+def from_split(part: Split,  # of `Data`, with labels or without
+              ) -> Table:
     "Take the columns of a split."
     labels = [part.labels[k] for k in part.y] if part.y is not None else None
     groups = {str(c): part.groups[c].tolist() for c in part.groups} if part.groups is not None else {}
@@ -190,8 +201,9 @@ def faults(values: Sequence[Any],  # texts, as read
     return ["" if isinstance(v, str) and v.isascii() and not v.isspace() and v else fault(v) for v in values]
 
 # %% ../../nbs/data/350_findings.ipynb #join
-def joined(tables: Sequence[Table]) -> Table:
-    "Put tables below each other."
+def joined(tables: Sequence[Table],  # at least one; all with the same roles and groups
+          ) -> Table:
+    "Put tables below each other; raise DataError if they do not have the same columns."
     first = tables[0]
     for t in tables[1:]:
         if (t.labels is None, t.answers is None, set(t.groups)) != (first.labels is None, first.answers is None, set(first.groups)):
@@ -208,8 +220,9 @@ def table_of(data: Any,  # Data, Split, a mapping of names to sources, or one so
              groups: Sequence[str] = (), split: str | None = None,  # columns
              examples: int = 3,  # rows that a finding quotes
             ) -> Table:
-    "Take the columns of anything that holds rows."
+    "Take the columns of anything that holds rows; raise DataError if one is not there, ConfigurationError for groups as one text."
     if isinstance(groups, str): raise ConfigurationError(f"groups must be a list of columns, got {groups!r}", fix=f"pass groups=[{groups!r}]")
+    if examples < 0: raise ConfigurationError(f"examples={examples} quotes no number of rows", fix="pass 0 for counts alone")
     if isinstance(data, (Data, Split)): tables = [from_split(p) for p in (data.parts if isinstance(data, Data) else (data,))]
     elif isinstance(data, Mapping): tables = [from_source(s, str(k), text, label, answer, groups, split) for k, s in data.items()]
     else: tables = [from_source(data, "", text, label, answer, groups, split)]

@@ -22,7 +22,8 @@ from .tables import as_table
 SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatbot": "assistant", "prompter": "user",
             **{r: r for r in ("user", "assistant", "system", "tool", "function", "developer")}}
 
-def turns(value: Any) -> tuple[list[dict[str, str]], str]:  # turns with "role" and "content", and what is wrong or ""
+def turns(value: Any,  # as read; should be a list of messages
+         ) -> tuple[list[dict[str, str]], str]:  # turns with "role" and "content", and what is wrong or ""
     "Bring the turns of a conversation into one spelling."
     if not isinstance(value, list): return [], "no list of messages"
     if not value: return [], "an empty conversation"
@@ -36,7 +37,8 @@ def turns(value: Any) -> tuple[list[dict[str, str]], str]:  # turns with "role" 
     return made, ""
 
 # %% ../../nbs/data/321_forms.ipynb #conversation
-def conversation(value: Any) -> tuple[list[dict[str, str]], str]:  # turns, and what is wrong or ""
+def conversation(value: Any,  # as read; should be a list of messages
+                ) -> tuple[list[dict[str, str]], str]:  # turns, and what is wrong or ""
     "Read a conversation that a model can learn an answer from."
     made, why = turns(value)
     if why: return [], why
@@ -47,7 +49,8 @@ def conversation(value: Any) -> tuple[list[dict[str, str]], str]:  # turns, and 
     return ([], f"message {empty}, an answer, is empty") if empty else (made, "")
 
 # %% ../../nbs/data/321_forms.ipynb #choices
-def texts_of(value: Any) -> tuple[list[Any], list[str]]:  # texts, and their letters where they have any
+def texts_of(value: Any,  # a list of texts or of {"text", "label"}, or a dict of two lists
+            ) -> tuple[list[Any], list[str]]:  # texts, and their letters where they have any
     "Read the choices of a question."
     if isinstance(value, dict): return list(value.get("text") or ()), [str(x) for x in value.get("label") or ()]
     if not isinstance(value, list): return [], []
@@ -55,7 +58,9 @@ def texts_of(value: Any) -> tuple[list[Any], list[str]]:  # texts, and their let
     return value, []
 
 # %% ../../nbs/data/321_forms.ipynb #position
-def position(key: Any, texts: Sequence[str], letters: Sequence[str]) -> int:  # -1 if it is none of them
+def position(key: Any,  # a letter, a text, or a number from 0
+             texts: Sequence[str], letters: Sequence[str],  # n choices; their letters, or none
+            ) -> int:  # -1 if it is none of them
     "Find the right choice."
     if isinstance(key, float) and key.is_integer(): key = int(key)
     if isinstance(key, int) and not isinstance(key, bool): return key if 0 <= key < len(texts) else -1
@@ -66,7 +71,11 @@ def position(key: Any, texts: Sequence[str], letters: Sequence[str]) -> int:  # 
     return ord(key.upper()) - 65 if len(key) == 1 and 0 <= ord(key.upper()) - 65 < len(texts) else -1
 
 # %% ../../nbs/data/321_forms.ipynb #choice
-def choice(question: Any, choices: Any, key: Any, context: Any = None) -> tuple[dict[str, Any], str]:  # row, and what is wrong or ""
+def choice(question: Any,  # as read
+           choices: Any,  # as `texts_of` takes them
+           key: Any,  # as `position` takes it
+           context: Any = None,  # stands before the question; blank for none
+          ) -> tuple[dict[str, Any], str]:  # row, and what is wrong or ""
     "Read one question of multiple choice."
     if why := fault(question): return {}, f"the question {why}"
     texts, letters = texts_of(choices)
@@ -76,7 +85,9 @@ def choice(question: Any, choices: Any, key: Any, context: Any = None) -> tuple[
     return {"question": question if is_blank(context) else f"{context}\n\n{question}", "choices": texts, "answer": right}, ""
 
 # %% ../../nbs/data/321_forms.ipynb #pair
-def side(value: Any, name: str) -> tuple[Any, str]:  # text or turns, and what is wrong or ""
+def side(value: Any,  # a text, or a list of messages
+         name: str,  # of the column, for messages
+        ) -> tuple[Any, str]:  # text or turns, and what is wrong or ""
     "Read one side of a preference."
     if is_blank(value): return None, f"{name!r} is missing"
     if isinstance(value, str): return value, ""
@@ -85,7 +96,9 @@ def side(value: Any, name: str) -> tuple[Any, str]:  # text or turns, and what i
     return made, f"{name!r}: {why}" if why else ""
 
 # %% ../../nbs/data/321_forms.ipynb #pair-it
-def pair(chosen: Any, rejected: Any, prompt: Any = "", prompted: bool = False) -> tuple[dict[str, Any], str]:  # row, what is wrong or ""
+def pair(chosen: Any, rejected: Any,  # as `side` takes them, the better one first
+         prompt: Any = "", prompted: bool = False,  # a text or messages; True if there is such a column, so that none may be blank
+        ) -> tuple[dict[str, Any], str]:  # row, what is wrong or ""
     "Read one preference."
     if prompted and is_blank(prompt): return {}, "'prompt' is missing"
     if prompted and not isinstance(prompt, str) and (why := turns(prompt)[1]): return {}, f"'prompt': {why}"
@@ -96,7 +109,7 @@ def pair(chosen: Any, rejected: Any, prompt: Any = "", prompted: bool = False) -
     return {"prompt": prompt if prompted else "", "chosen": better, "rejected": worse}, ""
 
 # %% ../../nbs/data/321_forms.ipynb #repeats
-def pair_notes(rows: Rows,
+def pair_notes(rows: Rows,  # as many as pairs; they know the places
                pairs: Sequence[Mapping[str, Any]],  # a pair per row
               ) -> list[str]:  # one sentence each
     "State which pairs repeat or contradict others."
@@ -109,21 +122,25 @@ def pair_notes(rows: Rows,
     return [f"{what}: {at(rows, sorted(set(found)))}." for what, found in (("Pairs that contradict each other", against), ("Pairs that occur again", again)) if found]
 
 # %% ../../nbs/data/321_forms.ipynb #readers
-def instruction(prompt: Any, completion: Any, extra: Any = None) -> tuple[dict[str, Any], str]:  # row, and what is wrong or ""
+def instruction(prompt: Any, completion: Any,  # as read
+                extra: Any = None,  # stands behind the prompt; blank for none
+               ) -> tuple[dict[str, Any], str]:  # row, and what is wrong or ""
     "Read one instruction with its answer."
     if why := fault(prompt): return {}, f"the prompt {why}"
     if why := fault(completion): return {}, f"the answer {why}"
     return {"prompt": prompt if is_blank(extra) else f"{prompt}\n\n{extra}", "completion": completion}, ""
 
 # %% ../../nbs/data/321_forms.ipynb #labelled
-def labelled(text: Any, label: Any) -> tuple[dict[str, Any], str]:  # row, and what is wrong or ""
+def labelled(text: Any, label: Any,  # as read
+            ) -> tuple[dict[str, Any], str]:  # row, and what is wrong or ""
     "Read one text with its label."
     if why := fault(text): return {}, f"the text {why}"
     if why := fault(label, (str, bool, int, float)): return {}, f"the label {why}"
     return {"text": text, "label": label}, ""
 
 # %% ../../nbs/data/321_forms.ipynb #text-only
-def text_only(text: Any) -> tuple[dict[str, Any], str]:  # row, and what is wrong or ""
+def text_only(text: Any,  # as read
+             ) -> tuple[dict[str, Any], str]:  # row, and what is wrong or ""
     "Read one text."
     return ({}, f"the text {why}") if (why := fault(text)) else ({"text": text}, "")
 
@@ -132,7 +149,7 @@ READERS: dict[str, tuple[Callable[..., tuple[dict[str, Any], str]], tuple[str, .
     "preference": (pair, ("chosen", "rejected", "prompt")), "choice": (choice, ("question", "choices", "key", "context"))}
 
 # %% ../../nbs/data/321_forms.ipynb #values
-def role_values(rows: Rows, name: Any,  # column, template, or names of the columns of choices
+def role_values(rows: Rows, name: Any,  # from `read_rows`; a column, a template, or names of the columns of choices
                ) -> list[Any]:
     "Take the values of a role."
     if isinstance(name, (list, tuple)): return [[v for v in values if v is not None] for values in zip(*(column(rows, n) for n in name))]
@@ -140,7 +157,9 @@ def role_values(rows: Rows, name: Any,  # column, template, or names of the colu
     return column(filled, name)
 
 # %% ../../nbs/data/321_forms.ipynb #read-chat
-def read_chat(rows: Rows, columns: Columns) -> list[tuple[dict[str, Any], str]]:
+def read_chat(rows: Rows,  # from `read_rows`
+              columns: Columns,  # of the form "chat"
+             ) -> list[tuple[dict[str, Any], str]]:  # per row: "messages", and what is wrong or ""
     "Read conversations, whichever spelling each row has."
     spellings = [column(rows, n) for n in dict.fromkeys([columns.roles["messages"], *candidates(rows, "messages")])]
     parts = [column(rows, found[0]) if (found := candidates(rows, role)) else [None] * len(rows) for role in ("prompt", "completion", "input")]
@@ -156,10 +175,11 @@ def read_chat(rows: Rows, columns: Columns) -> list[tuple[dict[str, Any], str]]:
     return read
 
 # %% ../../nbs/data/321_forms.ipynb #convert
-def convert(rows: Rows, columns: Columns,
+def convert(rows: Rows,  # from `read_rows`
+            columns: Columns,  # their form and roles, from `detect`
             on_bad_row: str = "refuse",  # or "quarantine"
            ) -> Rows:  # with the columns of the form
-    "Read each row in its form."
+    "Read each row in its form; raise DataError that names the rows that have another."
     if columns.form == "chat": read = read_chat(rows, columns)
     else:
         reader, roles = READERS[columns.form]
@@ -181,7 +201,7 @@ def load_rows(source: Any,  # anything that `read_rows` takes
               on_bad_row: str = "refuse",  # or "quarantine"
               **how: Any,  # further settings of `read_rows`
              ) -> Rows:  # with the columns of the form
-    "Read rows of any form, for a training task."
+    "Read rows of any form, for a training task; raise DataError for columns in doubt, and rows that cannot be used."
     rows, given = read_rows(source, on_bad_row=on_bad_row, **how), dict(columns or {})
     for role, name in given.items():
         if isinstance(name, str): rows, given[role] = joined_column(rows, name)

@@ -26,32 +26,36 @@ from .tables import Part, as_table
 # %% ../../nbs/data/304_jsonlines.ipynb #parse
 def once(pairs: list[tuple[str, Any]],  # the keys and values of one object, in order
         ) -> dict[str, Any]:
-    "Make an object of pairs in which no key occurs twice."
+    "Make an object of pairs; raise ValueError if a key occurs twice."
     if len(made := dict(pairs)) < len(pairs): raise ValueError("a key occurs twice")
     return made
 
 # %% ../../nbs/data/304_jsonlines.ipynb #whole
-def whole(digits: str) -> int:
-    "Read a whole number that a double can come near."
+def whole(digits: str,  # as JSON writes them, with a sign or not
+         ) -> int:
+    "Read a whole number; raise ValueError for one that no double comes near."
     if len(digits) > 309: raise ValueError("a number beyond a double")
     return int(digits)
 
 # %% ../../nbs/data/304_jsonlines.ipynb #decimal
-def decimal(digits: str) -> float:
-    "Read a decimal that a double can hold."
+def decimal(digits: str,  # as JSON writes them, with point or exponent
+           ) -> float:
+    "Read a decimal; raise ValueError for one that no double can hold."
     if abs(number := float(digits)) == float("inf"): raise ValueError("a number beyond a double")
     return number
 
 # %% ../../nbs/data/304_jsonlines.ipynb #constant
-def constant(name: str) -> None:  # NaN is a missing value
-    "Read what JSON does not have."
+def constant(name: str,  # "NaN", "Infinity" or "-Infinity"
+            ) -> None:  # NaN is a missing value
+    "Read what JSON does not have; raise ValueError for Infinity."
     if name != "NaN": raise ValueError("a number beyond a double")
 
 # %% ../../nbs/data/304_jsonlines.ipynb #decode
 DECODER = json.JSONDecoder(object_pairs_hook=once, parse_int=whole, parse_float=decimal, parse_constant=constant)
 BLANK = " \t\r\n"
 
-def parse(text: str) -> tuple[Any, str]:  # the value, and what is wrong with it or ""
+def parse(text: str,  # one value, with nothing behind it
+         ) -> tuple[Any, str]:  # the value, and what is wrong with it or ""
     "Parse one JSON value."
     try: value = DECODER.decode(text)
     except RecursionError: return None, "nested too deeply"
@@ -60,7 +64,8 @@ def parse(text: str) -> tuple[Any, str]:  # the value, and what is wrong with it
     return value, half_pair(value) if "\\ud" in text or "\\uD" in text else ""
 
 # %% ../../nbs/data/304_jsonlines.ipynb #half-pair
-def half_pair(value: Any) -> str:  # "" if it can be written as UTF-8
+def half_pair(value: Any,  # as parsed
+             ) -> str:  # "" if it can be written as UTF-8
     "Name half a surrogate pair in a value."
     try: json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError: return "half of a surrogate pair"
@@ -68,13 +73,15 @@ def half_pair(value: Any) -> str:  # "" if it can be written as UTF-8
     return ""
 
 # %% ../../nbs/data/304_jsonlines.ipynb #one
-def not_object(value: Any) -> str:  # "" for an object
+def not_object(value: Any,  # as parsed
+              ) -> str:  # "" for an object
     "Name a JSON value that is no object."
     names = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
     return "" if isinstance(value, dict) else f"{names.get(type(value), 'null')}, not an object"
 
 # %% ../../nbs/data/304_jsonlines.ipynb #read-line
-def read_line(line: bytes) -> tuple[dict[str, Any], str]:  # the object, and what is wrong with it or ""
+def read_line(line: bytes,  # with or without its end
+             ) -> tuple[dict[str, Any], str]:  # the object, and what is wrong with it or ""
     "Parse a line that should hold an object."
     try: text = line.decode()
     except UnicodeDecodeError as e: return {}, f"byte {line[e.start]:#04x} is not UTF-8"
@@ -102,7 +109,8 @@ def careful(block: bytes,  # whole lines
 # %% ../../nbs/data/304_jsonlines.ipynb #fast
 SIMPLE = (pa.string(), pa.int64(), pa.float64(), pa.bool_())
 
-def one_a_line(block: bytes) -> int:  # lines; 0 if objects may share or span lines
+def one_a_line(block: bytes,  # whole lines
+              ) -> int:  # lines; 0 if objects may share or span lines
     "Count lines, if every newline stands between two objects."
     if b"\r" in block:
         block = block.replace(b"\r\n", b"\n")
@@ -156,7 +164,7 @@ def line_parts(pieces: Iterable[bytes],  # UTF-8, as far as the file is what it 
 def items(texts: Iterable[str],  # pieces of the file
           name: str,  # of the file, for messages
          ) -> Iterator[tuple[Any, str]]:  # value, and what is wrong with it or ""
-    "Take the items of a JSON array one by one."
+    "Take the items of a JSON array one by one; raise DataError that names the first that is broken."
     text, at, n, after = "", 0, 0, False
     for piece in chain(texts, [""]):
         text, at = text[at:] + piece, 0
@@ -171,7 +179,7 @@ def items(texts: Iterable[str],  # pieces of the file
         if len(text) - at > LONGEST: raise DataError(f"item {n + 1} is broken or longer than {LONGEST // 2**20} MiB", name, "mend it, or write one object a line")
 
 # %% ../../nbs/data/304_jsonlines.ipynb #broken
-def broken(text: str,
+def broken(text: str,  # of the array, as far as it was kept
            at: int,  # where the array could not be read on
           ) -> str:
     "Say what is wrong with the text of an array."
@@ -179,7 +187,7 @@ def broken(text: str,
     return parse(rest)[1].replace("extra data", "no comma or bracket follows") or "it does not end" if rest else "it does not end"
 
 # %% ../../nbs/data/304_jsonlines.ipynb #next
-def next_item(text: str,
+def next_item(text: str,  # of the array, as far as it was read
               at: int,  # where to go on
               after: bool,  # an item went before
              ) -> tuple[Any, str, int, bool] | None:  # value, what is wrong, where to go on, end of array; None where more is needed
@@ -197,20 +205,25 @@ def next_item(text: str,
     return (value, why, end, False) if follows < len(text) and text[follows] in ",]" else None
 
 # %% ../../nbs/data/304_jsonlines.ipynb #skip
-def skip(text: str, at: int) -> int:  # position of the next character that is not blank
+def skip(text: str, at: int,  # any, and where to begin, from 0
+        ) -> int:  # position of the next character that is not blank
     "Pass over blanks."
     while at < len(text) and text[at] in BLANK: at += 1
     return at
 
 # %% ../../nbs/data/304_jsonlines.ipynb #past
-def past(text: str, start: int) -> int:  # end of a value that is JSON and breaks a rule of ours; of the text where it may go on
+def past(text: str, start: int,  # of the array, and where a value begins in it
+        ) -> int:  # end of a value that is JSON and breaks a rule of ours; of the text where it may go on
     "Find the end of a value without judging it."
     try: return json.JSONDecoder(parse_int=str).raw_decode(text, start)[1]
     except ValueError: return len(text)
 
 # %% ../../nbs/data/304_jsonlines.ipynb #take-item
-def take_item(text: str, at: int, after: bool, name: str, n: int) -> tuple[Any, str, int, bool] | None:
-    "Take one item, and say which one is nested too deeply."
+def take_item(text: str, at: int,  # of the array, as far as it was read, and where to go on in it
+              after: bool,  # an item went before
+              name: str, n: int,  # of the file, and items taken so far, for the message
+             ) -> tuple[Any, str, int, bool] | None:  # as `next_item`
+    "Take one item; raise DataError for one that is nested too deeply."
     try: return next_item(text, at, after)
     except RecursionError: raise DataError("nested too deeply", f"{name}, item {n + 1}", "write one object a line") from None
 
@@ -238,8 +251,10 @@ def array_parts(pieces: Iterable[bytes],  # UTF-8
     if found: yield rows_part(found, name)
 
 # %% ../../nbs/data/304_jsonlines.ipynb #decoded
-def decoded_pieces(pieces: Iterable[bytes], name: str) -> Iterator[str]:
-    "Decode UTF-8 piece by piece, or name the byte that does not fit."
+def decoded_pieces(pieces: Iterable[bytes],  # UTF-8, cut anywhere
+                   name: str,  # of the file, for messages
+                  ) -> Iterator[str]:
+    "Decode UTF-8 piece by piece; raise DataError that names the byte that does not fit."
     from codecs import getincrementaldecoder
     decoder, done = getincrementaldecoder("utf-8")("strict"), 0
     for piece in chain(pieces, [b""]):
@@ -266,7 +281,7 @@ def deep_part(pieces: Iterable[bytes],  # UTF-8
               field: str | None = None,  # path to the list of rows, e.g. "data.train"
               names: Sequence[str] = (),  # of the columns, where rows are lists
              ) -> Part:
-    "Read a list of rows inside one JSON object, all of it in memory."
+    "Read a list of rows inside one JSON object, all of it in memory; raise DataError if there is none."
     value, why = parse("".join(decoded_pieces(pieces, name)).strip(BLANK))
     if why: raise DataError(f"no readable JSON: {why}", name, "mend the file")
     found = value

@@ -19,7 +19,7 @@ from .splits import SPLITS, Data, row_id
 # %% ../../nbs/data/314_ledger.ipynb #ledger
 def ledger(source: Data | Deal,  # splits, or a deal
           ) -> dict[str, str]:  # id -> split; rows set aside are left out
-    "List in which split each text stands."
+    "List in which split each text stands; raise DataError for a text in two."
     if isinstance(source, Deal): rows = [(str(i)[:16], str(s)) for i, s in zip(source.ids, source.place) if s]
     else: rows = [(row_id(t), part.name) for part in source.parts for t in part.texts]
     found = dict(rows)
@@ -43,7 +43,7 @@ def save_ledger(source: Data | Deal | Mapping[str, str],  # splits, a deal, or a
 # %% ../../nbs/data/314_ledger.ipynb #load
 def load_ledger(path: str | Path,  # splits.json, or the folder that holds it
                ) -> dict[str, str]:  # id -> split
-    "Read a ledger, and check it."
+    "Read a ledger; raise DataError if it is none, or an id occurs twice."
     path = Path(path) / "splits.json" if Path(path).is_dir() else Path(path)
     try: record: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e: raise DataError(f"cannot read the ledger: {e}", path.name, "pass a splits.json that save_ledger wrote") from None

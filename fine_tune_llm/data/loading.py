@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.errors import DataError
+from ..core.errors import ConfigurationError, DataError
 from ..core.labels import Labels, label_index
 from .columns import detect, joined_column
 from .dealing import split_data
@@ -28,11 +28,13 @@ from .splits import SPLITS, Data, Split, fingerprint, normalise, row_id, unique_
 # %% ../../nbs/data/325_loading.ipynb #sourced
 LABEL = (str, bool, int, float)  # types that a label may have
 
-def sourced(source: Any, text: str | Sequence[str] | None, label: str | None,
+def sourced(source: Any,  # anything that `read_rows` takes
+            text: str | Sequence[str] | None,  # column, template, or columns to join; None: found
+            label: str | None,  # column of the classes; None: found
             leave: Sequence[str],  # columns that serve something else
             how: Mapping[str, Any],  # settings of `read_rows`
            ) -> tuple[Rows, str, str]:  # rows, and the columns of text and label
-    "Read rows and find their columns."
+    "Read rows and find their columns; raise DataError for columns in doubt."
     rows = read_rows(source, **how)
     if text is None or label is None:
         given = {"text": text if isinstance(text, (str, type(None))) else "\n".join(f"{{{c}}}" for c in text), "label": label}
@@ -48,11 +50,13 @@ def sourced(source: Any, text: str | Sequence[str] | None, label: str | None,
     return rows, text, label
 
 # %% ../../nbs/data/325_loading.ipynb #fields
-def fields(rows: Rows, text: str, label: str, groups: Sequence[str], split: str | None,
+def fields(rows: Rows,  # from `sourced`
+           text: str, label: str,  # their columns
+           groups: Sequence[str], split: str | None,  # columns to audit by, and the one with a split per row, if any
            side: str = "",  # side of every row where `split` is None
            **more: str | None,  # further columns to take, by the name they get: together, time
           ) -> pd.DataFrame:  # columns text, label, id, side, source, those of `more` and one "group:..." per group
-    "Take the columns that matter, checked, as text."
+    "Take the columns that matter, as text; raise DataError that names the rows that cannot be used."
     texts, names = usable(rows, {text: (str,), label: LABEL})
     sides = usable(rows, {split: (str,)})[0] if split else [side] * len(rows)
     strange = [i for i, s in enumerate(sides) if s not in (*SPLITS, "shift", "held-out", side)]
@@ -65,7 +69,8 @@ def fields(rows: Rows, text: str, label: str, groups: Sequence[str], split: str 
 
 # %% ../../nbs/data/325_loading.ipynb #settle
 def settle(frame: pd.DataFrame,  # of `fields`
-           seed: int, sizes: Sequence[float],
+           seed: int,  # another seed, another deal
+           sizes: Sequence[float],  # shares of the four splits; with times perhaps a fifth
            **deal: Any,  # near, stratify and ledger of `split_data`
           ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:  # (rows with a final side, rows set aside, notes)
     "Give each row its side, and each text only one."
@@ -76,7 +81,8 @@ def settle(frame: pd.DataFrame,  # of `fields`
     return frame[stay].reset_index(drop=True), frame[~stay], [n for n in done.notes if not n.startswith("Rows set aside")]
 
 # %% ../../nbs/data/325_loading.ipynb #spellings
-def spellings(names: Sequence[str]) -> list[list[str]]:  # groups of at least two names that look alike
+def spellings(names: Sequence[str],  # with repeats or not
+             ) -> list[list[str]]:  # groups of at least two names that look alike
     "Group names that differ in case, blanks or invisible characters alone."
     alike: dict[str, list[str]] = {}
     for name in sorted(set(names)):
@@ -88,7 +94,8 @@ def label_set(names: Sequence[str],  # a label per row
               labels: Labels | Sequence[str] | None,  # the classes, if they are known beforehand
               source: str = "",  # of the rows, for messages
              ) -> Labels:
-    "Find the classes, or check that those given are all there are."
+    "Find the classes, or check those given; raise DataError for one class or two spellings, ConfigurationError for a name outside."
+    if isinstance(labels, str): raise ConfigurationError(f"labels must be a list of names, got {labels!r}", fix="pass labels=[...] with every class")
     if labels is not None:
         labels = labels if isinstance(labels, Labels) else Labels(tuple(labels))
         label_index(labels, sorted(set(names)))
@@ -110,7 +117,8 @@ def some(values: Any,  # strings
 # %% ../../nbs/data/325_loading.ipynb #notes
 def findings(frame: pd.DataFrame,  # rows that stay
              aside: pd.DataFrame,  # rows set aside
-             labels: Labels) -> list[str]:  # one sentence each
+             labels: Labels,  # the K classes
+            ) -> list[str]:  # one sentence each
     "State what is odd about rows that are nevertheless used."
     copies, torn = int(frame["id"].duplicated().sum()), frame.groupby("id")["label"].nunique()
     torn, notes = torn[torn > 1], []
@@ -124,7 +132,8 @@ def findings(frame: pd.DataFrame,  # rows that stay
     return notes
 
 # %% ../../nbs/data/325_loading.ipynb #reading-notes
-def reading_notes(rows: Rows) -> list[str]:  # one sentence each
+def reading_notes(rows: Rows,  # from `sourced`
+                 ) -> list[str]:  # one sentence each
     "State what was inferred and what was set aside while reading."
     if not rows.quarantine: return list(rows.notes)
     shown = "; ".join(map(str, rows.quarantine[:3])) + ("; ..." if len(rows.quarantine) > 3 else "")
@@ -132,8 +141,9 @@ def reading_notes(rows: Rows) -> list[str]:  # one sentence each
 
 # %% ../../nbs/data/325_loading.ipynb #check
 def check_sides(frame: pd.DataFrame,  # rows with a final side
-                labels: Labels, wanted: Sequence[str]) -> None:  # names of splits that must hold rows
-    "Refuse a class that train lacks, and an empty split."
+                labels: Labels, wanted: Sequence[str],  # the K classes, and names of splits that must hold rows
+               ) -> None:
+    "Raise DataError for a class that train lacks, and for an empty split."
     lacking = [n for n in labels if n not in set(frame["label"][frame["side"] == "train"])]
     if lacking:
         raise DataError(f"{len(lacking)} of {len(labels)} classes have no row in train: {some(lacking, 8)}", frame["source"].iloc[0],
@@ -145,7 +155,8 @@ def check_sides(frame: pd.DataFrame,  # rows with a final side
 
 # %% ../../nbs/data/325_loading.ipynb #make
 def make_split(frame: pd.DataFrame,  # rows with final sides and ids
-               name: str, labels: Labels) -> Split:
+               name: str, labels: Labels,  # one of `SPLITS` or "shift", and all K classes
+              ) -> Split:
     "Collect the rows of one split."
     rows = frame[frame["side"] == name]
     groups = rows.filter(regex="^group:").rename(columns=lambda c: c[6:]).reset_index(drop=True)
@@ -170,7 +181,8 @@ def load_data(source: Any,  # anything that `read_rows` takes: path, pattern, fo
               on_bad_row: str = "refuse",  # or "quarantine": go on without the rows that cannot be used
               **how: Any,  # further settings of `read_rows`: format, encoding, delimiter, names, field, progress
              ) -> Data:
-    "Read rows, check them, and place them in four disjoint splits."
+    "Read rows, check them, and place them in four disjoint splits; raise DataError for rows, ConfigurationError for settings that will not do."
+    if isinstance(groups, str): raise ConfigurationError(f"groups must be a list of columns, got {groups!r}", fix=f"pass groups=[{groups!r}]")
     how = {**how, "on_bad_row": on_bad_row}
     more: dict[str, Any] = {"together": together, "time": time}
     rows, text, label = sourced(source, text, label, [*groups, *(c for c in (split, together, time) if c)], how)
@@ -178,7 +190,7 @@ def load_data(source: Any,  # anything that `read_rows` takes: path, pattern, fo
     if test is not None:
         read.append(sourced(test, text, label, (), how)[0])
         frame = pd.concat([frame, fields(read[1], text, label, groups, None, "test", **more)], ignore_index=True)
-        sizes = (*sizes[:3], 0)
+        sizes = (*sizes[:3], 0, *sizes[4:])
     known = label_set(list(frame["label"]), labels, frame["source"].iloc[0])
     ledger = load_ledger(ledger) if isinstance(ledger, (str, Path)) else ledger
     kept, aside, odd = settle(frame, seed, sizes, near=near, stratify=stratify, ledger=ledger)

@@ -42,7 +42,7 @@ def plugins(kind: str | None = None,  # "source", "template", "check"; None: all
 def load_plugin(kind: str,  # what it is for
                 name: str,  # what it is called by
                ) -> Callable[..., Any]:  # the function
-    "Import the function that goes by a name."
+    "Import the function that goes by a name; raise ConfigurationError if none or several do, or it is broken."
     found = [p for p in plugins(kind) if p.name == name]
     known = ", ".join(p.name for p in plugins(kind)) or "none is installed"
     if not found: raise ConfigurationError(f"no {kind} {name!r}", where=f"plugins of kind {kind}: {known}", fix="install its package, or check the name")
@@ -69,7 +69,7 @@ def run_plugin(kind: str,  # what it is for
                name: str,  # what it is called by
                given: Any,  # its only argument
               ) -> Any:  # what it gives
-    "Call a plugin, and name it where it fails."
+    "Call a plugin; raise DataError that names it where it fails."
     function = load_plugin(kind, name)
     try:
         result = function(given)
@@ -90,10 +90,10 @@ def read_source(source: Any,  # "name:rest" of a source plugin, or anything that
     return replace(given if isinstance(given, Rows) else read_rows(given), name=source)
 
 # %% ../../nbs/data/370_plugins.ipynb #checks
-def run_checks(rows: Rows,
+def run_checks(rows: Rows,  # from `read_source`
                names: Sequence[str],  # of check plugins
               ) -> list[str]:  # "name: sentence"
-    "Ask checks what they find."
+    "Ask checks what they find; raise DataError for an answer that is no list of sentences."
     told = []
     for name in names:
         found = run_plugin("check", name, rows)

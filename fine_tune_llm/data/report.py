@@ -32,15 +32,15 @@ from .findings import SEVERITIES, Finding, Table, named, safe, shown, table_of
 class Size:
     "Count what a split holds."
     split: str  # "" where there is one source
-    rows: int
+    rows: int  # with text or without
     classes: int  # 0 for a task without classes
     least: int  # rows of the smallest class of this split
     most: int  # rows of the largest class
     median: int  # length of a text with its answer, in tokens or words
     p99: int  # 99 in 100 are no longer
-    longest: int
+    longest: int  # length of the longest text, in the same unit
 
-def sizes_of(table: Table,
+def sizes_of(table: Table,  # from `table_of`
              n: np.ndarray,  # length per row
             ) -> tuple[Size, ...]:  # one per split
     "Count rows, classes and lengths of each split."
@@ -64,9 +64,13 @@ class DataReport:
     unit: str = "words"  # of the lengths: "words" or "tokens"
 
     @property
-    def stops(self) -> bool: return any(f.severity == "stop" for f in self.findings)
+    def stops(self) -> bool:
+        "Tell whether a finding would stop training."
+        return any(f.severity == "stop" for f in self.findings)
     @property
-    def title(self) -> str: return headline(self)
+    def title(self) -> str:
+        "State in one sentence what the findings come to."
+        return headline(self)
     def to_frame(self) -> pd.DataFrame:
         "Give the findings as a table, one row each."
         return pd.DataFrame([asdict(f) for f in self.findings], columns=list(Finding.__dataclass_fields__))
@@ -74,17 +78,25 @@ class DataReport:
         "Give everything as plain values."
         counts = {"labels": keyed(self.labels), "groups": {safe(c): keyed(n) for c, n in self.groups.items()}}
         return {"kind": "data", "version": 1, "stops": self.stops, "title": self.title, **plain(asdict(self)), **counts}
-    def to_json(self) -> str: return json.dumps(self.to_dict(), ensure_ascii=False, indent=1)
-    def save(self, path: str | Path) -> None: Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+    def to_json(self) -> str:
+        "Write everything as JSON, private details in labels and quotes masked."
+        return json.dumps(self.to_dict(), ensure_ascii=False, indent=1)
+    def save(self,
+             path: str | Path,  # of the file; its folder must be there
+            ) -> None:
+        "Write the JSON to a file, over what was there."
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
     def __repr__(self) -> str: return text_report(self)
     def _repr_html_(self) -> str: return styled(html_report(self))
 
 # %% ../../nbs/data/358_report.ipynb #headline
-def keyed(counts: Mapping[str, int]) -> dict[str, int]:
+def keyed(counts: Mapping[str, int],  # value as read -> rows
+         ) -> dict[str, int]:  # value without private details, printable -> rows
     "Make the keys of counts fit to be written anywhere."
     return {safe(k): n for k, n in counts.items()}
 
-def headline(r: DataReport) -> str:
+def headline(r: DataReport,  # from `check_data`
+            ) -> str:
     "State in one sentence what the findings come to."
     n = Counter(f.severity for f in r.findings)
     rows = f"{sum(s.rows for s in r.sizes):,} rows"
@@ -94,13 +106,15 @@ def headline(r: DataReport) -> str:
     return f"{rows}: {', '.join([stop, *rest])}"
 
 # %% ../../nbs/data/358_report.ipynb #text-report
-def size_rows(r: DataReport) -> list[dict[str, Any]]:
+def size_rows(r: DataReport,  # from `check_data`
+             ) -> list[dict[str, Any]]:  # one per split, heading -> what to print
     "Lay out the sizes for reading."
     return [{**({"split": shown(s.split)} if s.split else {}), "rows": f"{s.rows:,}",
              **({"classes": s.classes, "rows per class": f"{s.least:,} to {s.most:,}"} if r.labels else {}),
-             f"median {r.unit}": s.median, "99 % have at most": s.p99, "longest": s.longest} for s in r.sizes]
+             f"median {r.unit}": s.median, "99 % have at most": s.p99, "longest": s.longest} for s in r.sizes] or [{"rows": "0"}]
 
-def text_report(r: DataReport) -> str:
+def text_report(r: DataReport,  # from `check_data`
+               ) -> str:
     "Write a report as plain text."
     columns = ", ".join(f"{k} {shown(v)!r}" for k, v in r.columns.items())
     return "\n".join([f"DATA: {r.title}", *([f"columns: {columns}"] if columns else []), "",
@@ -109,12 +123,14 @@ def text_report(r: DataReport) -> str:
 # %% ../../nbs/data/358_report.ipynb #html
 CHIPS = {"stop": "verm solid", "warn": "verm", "note": "dim dashed"}
 
-def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]],  # HTML of the headings and, row by row, of the cells, as many as headings
+        ) -> str:  # HTML
     "Write a table of cells that are HTML already."
     def row(tag: str, values: Sequence[str]) -> str: return "<tr class='top'>" + "".join(f"<{tag} class='long' style='width:auto;vertical-align:top'>{v}</{tag}>" for v in values) + "</tr>"
     return f"<table><thead>{row('th', head)}</thead><tbody>{''.join(row('td', r) for r in rows)}</tbody></table>"
 
-def finding_row(f: Finding) -> list[str]:
+def finding_row(f: Finding,  # from `all_findings`; its words are escaped here
+               ) -> list[str]:  # HTML of its severity, check, message, rows and fix
     "Write a finding as cells."
     chip = f'<span class="chip {CHIPS[f.severity]}"><span>{f.severity}</span></span>'
     where = "<br/>".join(escape(part) for part in (*f.rows, *f.examples))
@@ -122,13 +138,14 @@ def finding_row(f: Finding) -> list[str]:
 
 # %% ../../nbs/data/358_report.ipynb #class-plot
 def class_plot(counts: Sequence[int],  # rows per class, the largest first
-              ) -> Plot:
+              ) -> Plot:  # histogram with one bar per class
     "Draw rows per class."
     top = ceiling(counts)
     desc = f"{len(counts)} classes with {num(max(counts), 0)} down to {num(min(counts), 0)} rows."
     return Plot("Rows per class", desc, (0, len(counts)), (0, top), height=110).yaxis(0, 2).bars(range(len(counts) + 1), counts, "blue")
 
-def html_report(r: DataReport) -> str:  # HTML
+def html_report(r: DataReport,  # from `check_data`
+               ) -> str:  # HTML without its style sheet
     "Write a report as figures."
     found = grid(("", "check", "found", "where", "what to do"), map(finding_row, r.findings)) if r.findings else ""
     sizes = size_rows(r)
@@ -143,9 +160,10 @@ def html_report(r: DataReport) -> str:  # HTML
     return figure(r.title, f"Columns {columns}." if columns else "", *parts)
 
 # %% ../../nbs/data/358_report.ipynb #run-checks
-def all_findings(table: Table,
+def all_findings(table: Table,  # from `table_of`
                  n: np.ndarray, unit: str,  # length per row, and in what
-                 max_length: int | None, near: float | None) -> list[Finding]:  # as in check_data
+                 max_length: int | None, near: float | None,  # as in `check_data`
+                ) -> list[Finding]:  # the worst first
     "Run every check on a table."
     if not len(table): return [Finding("no rows", "stop", 0, "There are no rows.", "give a file with rows")]
     g = grades(table, near)
@@ -154,7 +172,8 @@ def all_findings(table: Table,
              check_lengths(table, n, unit, max_length), check_damage(table), check_scripts(table), check_private(table)]
     return sorted((f for part in found for f in part), key=lambda f: SEVERITIES.index(f.severity))
 
-def tally(values: Sequence[Any]) -> dict[str, int]:  # value -> rows, the most frequent first
+def tally(values: Sequence[Any],  # labels or groups, as read
+         ) -> dict[str, int]:  # value -> rows, the most frequent first
     "Count values, but for missing ones."
     return dict(Counter(v for v in named(values) if v is not None).most_common())
 

@@ -42,7 +42,7 @@ def refuse(name: str,  # of the source
            read: int,  # rows read, good and bad
            hint: str = "",  # what may explain it, in parentheses of its own
           ) -> DataError:  # to be raised
-    "Make the error that names bad rows."
+    "Make the DataError that names bad rows."
     many = len({b.file for b in bad}) > 1
     shown = "; ".join((f"{b.file} " if many else "") + str(b) for b in bad[:8]) + ("; ..." if len(bad) > 8 else "")
     return DataError(f"{len(bad)} of {read} rows cannot be used{hint}", f"{name}, {shown}",
@@ -92,13 +92,14 @@ class Rows:
         return frame.set_axis(self.table.column_names, axis=1)
 
 # %% ../../nbs/data/300_rows.ipynb #headline
-def headline(rows: Rows) -> str:
+def headline(rows: Rows,  # from `read_rows`
+            ) -> str:  # one line, such as "a.csv: 9 rows read, 9 kept, 0 in quarantine; columns text, label"
     "State how many rows there are and under which columns."
     shown = ", ".join(rows.table.column_names[:12]) + (", ..." if rows.table.num_columns > 12 else "")
     return f"{rows.name}: {rows.read:,} rows read, {len(rows):,} kept, {len(rows.quarantine):,} in quarantine; columns {shown}"
 
 # %% ../../nbs/data/300_rows.ipynb #locate
-def locate(rows: Rows,
+def locate(rows: Rows,  # from `read_rows`
            positions: np.ndarray,  # positions in the table, from 0
           ) -> tuple[np.ndarray, np.ndarray]:  # index of the file, number in the file
     "Find where rows stand."
@@ -108,7 +109,8 @@ def locate(rows: Rows,
 # %% ../../nbs/data/300_rows.ipynb #decoded
 AS_JSON = {b"kept as": b"JSON"}  # metadata of a column whose values are kept as JSON text
 
-def is_json(field: Any) -> bool:  # of a pyarrow.Field
+def is_json(field: Any,  # a pyarrow.Field
+           ) -> bool:
     "Tell whether a column holds JSON text for values of several types."
     return (field.metadata or {}).get(b"kept as") == b"JSON"
 
@@ -121,7 +123,7 @@ def decoded(field: Any,  # pyarrow.Field
     return [None if v is None else json.loads(v) for v in values] if is_json(field) else values
 
 # %% ../../nbs/data/300_rows.ipynb #at
-def at(rows: Rows,
+def at(rows: Rows,  # from `read_rows`; files are named where there are several
        positions: Sequence[int],  # positions in the table, counted from 0
        most: int = 8,  # numbers shown before the list is cut
       ) -> str:  # e.g. "lines 4, 7, 9"
@@ -135,9 +137,9 @@ def at(rows: Rows,
     return "; ".join(parts) + (", ..." if len(positions) > most else "")
 
 # %% ../../nbs/data/300_rows.ipynb #drop
-def set_aside(rows: Rows,
-              bad: dict[int, str],  # position -> reason
-             ) -> Rows:
+def set_aside(rows: Rows,  # from `read_rows`; is not changed
+              bad: dict[int, str],  # position in the table, from 0 -> reason
+             ) -> Rows:  # without them, each in the quarantine with its place and reason
     "Move rows to the quarantine."
     if not bad: return rows
     gone = np.array(sorted(bad), dtype=np.int64)
@@ -157,10 +159,10 @@ def inside(value: Any,  # a parsed JSON value
     return value
 
 # %% ../../nbs/data/300_rows.ipynb #column-it
-def column(rows: Rows,
+def column(rows: Rows,  # from `read_rows`
            name: str,  # of the column, or a path such as "meta.label"
           ) -> list[Any]:  # its values, as read
-    "Take one column by name."
+    "Take one column by name; raise DataError if there is none, or two."
     found = rows.table.column_names
     if found.count(name) > 1: raise DataError(f"column {name!r} occurs {found.count(name)} times", rows.name, "rename one of them")
     if name in found: return decoded(rows.table.field(found.index(name)), rows.table.column(name))
@@ -179,7 +181,7 @@ def fault(value: Any,  # as read
     return "holds half of a surrogate pair" if isinstance(value, str) and re.search("[\ud800-\udfff]", value) else ""
 
 # %% ../../nbs/data/300_rows.ipynb #faults
-def faults(rows: Rows,
+def faults(rows: Rows,  # from `read_rows`
            name: str,  # of the column
            kinds: tuple[type, ...] = (str,),  # types that are fine
           ) -> dict[int, str]:  # position -> reason
@@ -191,10 +193,10 @@ def faults(rows: Rows,
     return {i: why for i, v in enumerate(column(rows, name)) if (why := fault(v, kinds))}
 
 # %% ../../nbs/data/300_rows.ipynb #usable
-def usable(rows: Rows,
+def usable(rows: Rows,  # from `read_rows`
            kinds: dict[str, tuple[type, ...]],  # column -> types that are fine
           ) -> list[list[str]]:  # a list per column, every value as text
-    "Check columns and give their values as text, or name every row that cannot be used."
+    "Check columns and give their values as text; raise DataError that names every row that cannot be used."
     found, places, columns = [], [], []
     for name in kinds:
         wrong, values = faults(rows, name, kinds[name]), column(rows, name)

@@ -22,13 +22,15 @@ from ..core.errors import ConfigurationError
 from ..core.labels import Labels
 
 # %% ../../nbs/data/310_splits.ipynb #normalise
-def normalise(text: str) -> str:  # the same words, folded; for comparing, never for training
+def normalise(text: str,  # as written
+             ) -> str:  # the same words, folded; for comparing, never for training
     "Fold compatibility forms, case and blanks."
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 # %% ../../nbs/data/310_splits.ipynb #row-id
-def row_id(text: str) -> str:  # 16 hex digits
-    "Hash what a text says."
+def row_id(text: str,  # as written
+          ) -> str:  # 16 hex digits
+    "Hash what a text says (SHA-256)."
     return sha256(normalise(text).encode()).hexdigest()[:16]
 
 # %% ../../nbs/data/310_splits.ipynb #unique
@@ -56,7 +58,7 @@ def assign(ids: Sequence[str],  # content hashes
            seed: int,  # another seed, another deal
            sizes: Sequence[float],  # shares of train, validation, calibration, test; they need not sum to 1
           ) -> list[str]:  # a name of `SPLITS` per id
-    "Place each id in a split, in proportion to the sizes."
+    "Place each id in a split, in proportion to the sizes; raise ConfigurationError for what are no four shares."
     if len(sizes) != 4 or min(sizes) < 0 or not sum(sizes) > 0:
         raise ConfigurationError(f"sizes must be four shares, none negative, got {tuple(sizes)}", fix="e.g. (.6, .1, .15, .15)")
     cuts = np.cumsum(sizes)[:3] / np.sum(sizes)
@@ -77,8 +79,9 @@ class Split:
     def __repr__(self) -> str: return f"Split({self.name}, {len(self)} rows)"
 
 # %% ../../nbs/data/310_splits.ipynb #fingerprint
-def fingerprint(splits: Sequence[Split]) -> str:  # 64 hex digits
-    "Hash which row stands where, with which label."
+def fingerprint(splits: Sequence[Split],  # in their order
+               ) -> str:  # 64 hex digits
+    "Hash which row stands where, with which label (SHA-256)."
     h = sha256()
     for s in splits:
         for i, y in zip(s.ids, s.y if s.y is not None else [None] * len(s)):
@@ -90,7 +93,8 @@ PURPOSES = {"train": "fits the weights", "validation": "chooses the model, the t
             "calibration": "carries guarantees: thresholds, certificates", "test": "is read once, for the report",
             "shift": "shows what happens elsewhere or later; nothing is promised on it"}
 
-def table(splits: Sequence[Split]) -> pd.DataFrame:  # one row per split
+def table(splits: Sequence[Split],  # in the order of the rows to give
+         ) -> pd.DataFrame:  # one row per split
     "Count rows and classes of each split, and say what it is for."
     rows = []
     for s in splits:
@@ -103,10 +107,10 @@ def table(splits: Sequence[Split]) -> pd.DataFrame:  # one row per split
 @dataclass(frozen=True, eq=False, repr=False)
 class Data:
     "Hold four disjoint splits and what is known about them."
-    train: Split
-    validation: Split
-    calibration: Split
-    test: Split
+    train: Split  # fits the weights
+    validation: Split  # chooses the model, the temperature, parameters of scores
+    calibration: Split  # carries guarantees: thresholds, certificates
+    test: Split  # is read once, for the report
     labels: Labels  # the K classes, in the order of every y
     notes: tuple[str, ...] = ()  # what a reader should know, one sentence each
     fingerprint: str = ""  # SHA-256 of ids, labels and places
@@ -114,15 +118,20 @@ class Data:
     shift: Split | None = None  # rows from another time or place, to audit on
 
     @property
-    def splits(self) -> tuple[Split, ...]: return self.train, self.validation, self.calibration, self.test
+    def splits(self) -> tuple[Split, ...]:
+        "List train, validation, calibration and test."
+        return self.train, self.validation, self.calibration, self.test
     @property
-    def parts(self) -> tuple[Split, ...]: return (*self.splits, self.shift) if self.shift else self.splits
+    def parts(self) -> tuple[Split, ...]:
+        "List the splits, with the shift sample if there is one."
+        return (*self.splits, self.shift) if self.shift else self.splits
     def __repr__(self) -> str: return "\n".join([headline(self), table(self.parts).to_string(index=False), *self.notes])
     def _repr_html_(self) -> str:
         notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
         return f"<p>{escape(headline(self))}</p>{table(self.parts).to_html(index=False)}<ul>{notes}</ul>"
 
 # %% ../../nbs/data/310_splits.ipynb #headline
-def headline(data: Data) -> str:
+def headline(data: Data,  # with all its parts
+            ) -> str:
     "State the size and the fingerprint of data in one line."
     return f"{sum(map(len, data.parts)):,} rows, {len(data.labels)} classes, fingerprint {data.fingerprint[:12]}"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INLINE', 'PII', 'CLEANING', 'AUGMENTING', 'nfc', 'squeeze_blanks', 'strip_html', 'luhn', 'iban', 'hide', 'mask_pii',
-           'some_places', 'drop_words', 'swap_letters', 'Step', 'Recipe', 'try_step', 'recipe', 'clean_text']
+           'some_places', 'drop_words', 'swap_letters', 'Step', 'Recipe', 'try_step', 'as_step', 'recipe', 'clean_text']
 
 # %% ../../nbs/data/380_steps.ipynb #imports
 import html
@@ -22,11 +22,13 @@ from ..core.errors import ConfigurationError
 from .plugins import load_plugin, plugins
 
 # %% ../../nbs/data/380_steps.ipynb #blanks
-def nfc(text: str) -> str:
+def nfc(text: str,  # as read, in any script
+       ) -> str:
     "Write each character in its composed form."
     return unicodedata.normalize("NFC", text)
 
-def squeeze_blanks(text: str) -> str:
+def squeeze_blanks(text: str,  # any, with line breaks of any system
+                  ) -> str:
     "Make runs of blanks one, and keep line breaks."
     lines = [" ".join(line.split()) for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
@@ -34,20 +36,23 @@ def squeeze_blanks(text: str) -> str:
 # %% ../../nbs/data/380_steps.ipynb #html
 INLINE = "a|abbr|b|code|em|font|i|mark|s|small|span|strong|sub|sup|u"
 
-def strip_html(text: str) -> str:
+def strip_html(text: str,  # HTML, or text in which no < opens a tag
+              ) -> str:
     "Take out tags, scripts, styles and comments, and turn entities back."
     text = re.sub(r"(?is)<(script|style)\b[^<>]*>.*?</\1\s*>", " ", re.sub(r"(?s)<!--.*?-->", "", text))
     text = re.sub(rf"(?i)</?({INLINE})(\s[^<>]*)?/?>", "", text)
     return html.unescape(re.sub(r"</?[A-Za-z][^<>]*>", " ", text))
 
 # %% ../../nbs/data/380_steps.ipynb #pii
-def luhn(digits: str) -> bool:  # True for a number that can be a card's
-    "Check the sum of a card number."
+def luhn(digits: str,  # with blanks or dashes between them, or not
+        ) -> bool:  # True for a number that can be a card's
+    "Check the sum of a card number (ISO/IEC 7812-1, annex B)."
     doubled = [int(d) * (1 + i % 2) for i, d in enumerate(reversed(re.sub(r"\D", "", digits)))]
     return sum(d - 9 * (d > 9) for d in doubled) % 10 == 0
 
-def iban(account: str) -> bool:  # True for a number that can be an account's
-    "Check the remainder of an account number."
+def iban(account: str,  # two letters, two digits, then letters and digits; blanks are passed over
+        ) -> bool:  # True for a number that can be an account's
+    "Check the remainder of an account number (ISO 13616: modulo 97)."
     plain = re.sub(r"\s", "", account).upper()
     return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
 
@@ -62,15 +67,15 @@ PII: dict[str, tuple[str, Callable[[str], bool]]] = {  # kind -> (pattern, furth
 # %% ../../nbs/data/380_steps.ipynb #mask
 def hide(word: str,  # what to put in its place, without the brackets
          holds: Callable[[str], bool],  # whether what was found is what it looks like
-         found: re.Match[str],
+         found: re.Match[str],  # what a pattern of PII found
         ) -> str:
     "Replace a finding by its kind, if it is one."
     return f"[{word}]" if holds(found[0]) else found[0]
 
-def mask_pii(text: str,
+def mask_pii(text: str,  # in any language; shapes count, not words
              kinds: Sequence[str] = tuple(PII),  # which of PII
-            ) -> str:
-    "Replace what looks like personal data by its kind."
+            ) -> str:  # such as "write to [EMAIL]"
+    "Replace what looks like personal data by its kind; raise ConfigurationError for an unknown kind."
     for kind in kinds:
         if kind not in PII: raise ConfigurationError(f"no kind of personal data {kind!r}", fix=f"use some of {', '.join(PII)}")
         pattern, holds = PII[kind]
@@ -80,12 +85,15 @@ def mask_pii(text: str,
 # %% ../../nbs/data/380_steps.ipynb #augment
 def some_places(n: int,  # places there are
                 share: float,  # of them to choose, from 0 to 1
-                rng: random.Random) -> list[int]:  # distinct, in order
-    "Choose places, at least one where there is one."
+                rng: random.Random,  # of this row
+               ) -> list[int]:  # distinct, in order
+    "Choose places, at least one where there is one; raise ValueError for a share outside 0 to 1."
+    if not 0 <= share <= 1: raise ValueError(f"share is from 0 to 1, got {share}")
     return sorted(rng.sample(range(n), min(n, max(1, round(share * n))))) if n > 0 else []
 
 # %% ../../nbs/data/380_steps.ipynb #drop
-def drop_words(text: str, rng: random.Random,
+def drop_words(text: str,  # of words with blanks between them
+               rng: random.Random,  # of this row, so that the same words go each time
                share: float = .1,  # of the words that go
               ) -> str:
     "Leave out words at random, never all of them."
@@ -94,7 +102,8 @@ def drop_words(text: str, rng: random.Random,
     return " ".join(w for i, w in enumerate(words) if i not in gone) or text
 
 # %% ../../nbs/data/380_steps.ipynb #swap
-def swap_letters(text: str, rng: random.Random,
+def swap_letters(text: str,  # of any alphabet
+                 rng: random.Random,  # of this row, so that the same letters move each time
                  share: float = .03,  # of the places between letters
                 ) -> str:
     "Swap neighbouring letters at random."
@@ -114,35 +123,56 @@ class Step:
     options: Mapping[str, Any] = field(default_factory=dict)  # plain data
 
     @property
-    def adds(self) -> bool: return self.name in AUGMENTING  # True for a step that adds rows
-    def function(self) -> Callable[..., str]: return {**CLEANING, **AUGMENTING}.get(self.name) or load_plugin("step", self.name)
+    def adds(self) -> bool:  # False for one that cleans
+        "Tell whether the step adds rows."
+        return self.name in AUGMENTING
+    def function(self) -> Callable[..., str]:  # text, and rng for a step that adds -> text
+        "Look up the function of the step; raise ConfigurationError for an unknown one."
+        return {**CLEANING, **AUGMENTING}.get(self.name) or load_plugin("step", self.name)
 
 # %% ../../nbs/data/380_steps.ipynb #recipe-class
 @dataclass(frozen=True)
 class Recipe:
     "Hold the steps that texts go through."
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...]  # in order, cleaning before augmentation
     seed: int = 0  # of the augmentation
 
-    def plain(self) -> dict[str, Any]: return {"steps": [[s.name, dict(s.options)] for s in self.steps], "seed": self.seed}
+    def plain(self) -> dict[str, Any]:
+        "Write the recipe as plain data."
+        return {"steps": [[s.name, dict(s.options)] for s in self.steps], "seed": self.seed}
     @property
-    def hash(self) -> str: return sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:16]
-    def clean(self, text: str) -> str: return clean_text(self, text)
+    def hash(self) -> str:  # 16 hex digits
+        "Name the recipe by its content (SHA-256)."
+        return sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:16]
+    def clean(self,
+              text: str,  # as a user wrote it
+             ) -> str:
+        "Run the cleaning steps on one text, as a service does with each new one."
+        return clean_text(self, text)
 
 # %% ../../nbs/data/380_steps.ipynb #make
-def try_step(step: Step) -> None:
-    "Run a step on a word, so that a wrong setting shows at once."
+def try_step(step: Step,  # refused if its name or a setting is unknown
+            ) -> None:
+    "Run a step on two words; raise ConfigurationError for an unknown step or setting."
     known = [*CLEANING, *AUGMENTING, *(p.name for p in plugins("step"))]
     if step.name not in known: raise ConfigurationError(f"no step {step.name!r}", fix=f"use some of {', '.join(known)}")
-    try: step.function()("word", **({"rng": random.Random(0)} if step.adds else {}), **step.options)
+    try: step.function()("two words", **({"rng": random.Random(0)} if step.adds else {}), **step.options)
     except (TypeError, ValueError) as e: raise ConfigurationError(f"the step {step.name!r} does not take {dict(step.options)}: {e}", fix="see its settings") from None
+
+# %% ../../nbs/data/380_steps.ipynb #as-step
+def as_step(given: Any,  # a name, or a pair of a name and its settings
+           ) -> Step:
+    "Make a step of what a caller gave; raise ConfigurationError for anything else."
+    pair = (given, {}) if isinstance(given, str) else given
+    if isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Mapping): return Step(pair[0], dict(pair[1]))
+    raise ConfigurationError(f"{given!r} is no step", fix='pass a name, or a pair such as ("drop_words", {"share": 0.1})')
 
 # %% ../../nbs/data/380_steps.ipynb #make-recipe
 def recipe(*steps: Any,  # names, or pairs of a name and its settings
            seed: int = 0,  # of the augmentation
           ) -> Recipe:
-    "Make a recipe, and refuse what cannot be run."
-    made = tuple(Step(s) if isinstance(s, str) else Step(s[0], dict(s[1])) for s in steps)
+    "Make a recipe; raise ConfigurationError for what cannot be run."
+    made = tuple(map(as_step, steps))
     for step in made: try_step(step)
     if any(a.adds and not b.adds for a, b in zip(made, made[1:])):
         raise ConfigurationError("a cleaning step stands behind an augmentation", where=", ".join(s.name for s in made), fix="put cleaning first")
@@ -151,7 +181,9 @@ def recipe(*steps: Any,  # names, or pairs of a name and its settings
     return Recipe(made, seed)
 
 # %% ../../nbs/data/380_steps.ipynb #clean
-def clean_text(recipe: Recipe, text: str) -> str:
+def clean_text(recipe: Recipe,  # its augmentation is passed over
+               text: str,  # as a user wrote it
+              ) -> str:
     "Run the cleaning steps of a recipe on one text, as a service does with each new one."
     for step in recipe.steps:
         if not step.adds: text = step.function()(text, **step.options)

@@ -24,15 +24,17 @@ from .rows import AS_JSON, BadRow, Rows, decoded, is_json, refuse, runs
 # %% ../../nbs/data/301_tables.ipynb #plain
 PLAIN = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 
-def plain(value: Any) -> Any:  # None for a missing value of NumPy or pandas
+def plain(value: Any,  # of any type
+         ) -> Any:  # None for a missing value of NumPy or pandas
     "Turn a value of NumPy or pandas into one of Python."
     if hasattr(value, "tolist"): value = value.tolist()
     return None if type(value).__name__ in ("NAType", "NaTType") or isinstance(value, float) and value != value else value
 
 # %% ../../nbs/data/301_tables.ipynb #as-json
 def as_json(name: str,  # of the column, for messages
-            values: Sequence[Any]) -> tuple[Any, Any]:  # pyarrow.Field, pyarrow.Array of strings
-    "Keep values as JSON text."
+            values: Sequence[Any],  # n Python values, None where missing
+           ) -> tuple[Any, Any]:  # pyarrow.Field, pyarrow.Array of strings
+    "Keep values as JSON text; raise DataError for one that JSON cannot hold."
     def text(value: Any) -> str:
         try: return json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError):
@@ -97,7 +99,7 @@ def frame_table(frame: Any,  # pandas.DataFrame
 # %% ../../nbs/data/301_tables.ipynb #memory
 def from_memory(source: Any,  # list or tuple of dicts, pandas.DataFrame or datasets.Dataset
                ) -> Rows:
-    "Take rows from a list of dicts, a DataFrame or a dataset."
+    "Take rows from a list of dicts, a DataFrame or a dataset; raise DataError for anything else."
     name = "list" if isinstance(source, (list, tuple)) else type(source).__name__
     if name == "list":
         strange = next((i for i, r in enumerate(source) if not isinstance(r, dict)), None)
@@ -137,7 +139,7 @@ def unify(schemas: Sequence[Any],  # pyarrow.Schema of each part
 def conform(table: Any,  # pyarrow.Table
             schema: Any,  # of `unify`
            ) -> Any:  # pyarrow.Table with that schema
-    "Give a part the columns and types of the whole."
+    "Give a part the columns and types of the whole; raise DataError for whole numbers that no double can hold."
     if table.schema.equals(schema, check_metadata=True): return table
     def fit(wanted: Any) -> Any:
         if wanted.name not in table.column_names: return pa.nulls(len(table), wanted.type)
@@ -160,7 +162,9 @@ class Store:
     writer: Any = None  # of the last of them
     schema: Any = None  # of the last of them
 
-    def add(self, table: Any) -> None:  # pyarrow.Table
+    def add(self,
+            table: Any,  # pyarrow.Table
+           ) -> None:
         "Take one more table."
         self.tables.append(table)
         self.size += table.nbytes
@@ -171,7 +175,9 @@ class Store:
         for table in self.tables: self.write(table)
         self.tables, self.size = [], 0
 
-    def write(self, table: Any) -> None:  # pyarrow.Table
+    def write(self,
+              table: Any,  # pyarrow.Table
+             ) -> None:
         "Append to the open file, or to a new one if the schema has changed."
         if self.writer is None or not table.schema.equals(self.schema, check_metadata=True):
             self.close()
@@ -195,12 +201,14 @@ class Store:
         self.paths = []
 
 # %% ../../nbs/data/301_tables.ipynb #mapped
-def mapped(path: str) -> Any:  # pyarrow.Table
+def mapped(path: str,  # of a file of Arrow's own format
+          ) -> Any:  # pyarrow.Table
     "Open an Arrow file without reading it into memory."
     return pa.ipc.open_file(pa.memory_map(path)).read_all()
 
 # %% ../../nbs/data/301_tables.ipynb #joined
-def joined(store: Store) -> Any:  # pyarrow.Table
+def joined(store: Store,  # with any number of tables
+          ) -> Any:  # pyarrow.Table
     "Join all tables of a store into one; this ends the store."
     if not store.paths:
         return pa.concat_tables([conform(t, schema) for t in store.tables]) if store.tables and (schema := unify([t.schema for t in store.tables])) \
@@ -231,7 +239,7 @@ def collect(name: str,  # of the source, for messages
             limit: int = Store.limit,  # bytes that may wait in memory
             hint: Callable[[Sequence[BadRow]], str] = lambda bad: "",  # what may explain the bad rows
            ) -> Rows:
-    "Join parts into rows, and refuse or set aside the bad ones."
+    "Join parts into rows, and set the bad ones aside or raise DataError that names them."
     store, places, n = Store(limit), [np.empty((0, 3), dtype=np.int64)], 0
     bad: list[BadRow] = []
     try:

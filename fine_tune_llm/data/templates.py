@@ -42,10 +42,10 @@ class Template:
 # %% ../../nbs/data/372_templates.ipynb #pieces
 Pieces = Sequence[tuple[str, bool]]  # texts in order, True where they are learned
 
-def join_pieces(pieces: Pieces,
+def join_pieces(pieces: Pieces,  # of one row, in order
                 ends: str = "token",  # one of ENDS
                ) -> Rendering:
-    "Put pieces together and keep the places of those to be learned."
+    "Put pieces together and keep the places of those to be learned; raise ValueError if there are none."
     text, answers = "", []
     for piece, learn in pieces:
         if learn and piece: answers.append((text, text + piece))
@@ -53,24 +53,25 @@ def join_pieces(pieces: Pieces,
     if not answers: raise ValueError("no piece is to be learned")
     return Rendering(text, tuple(answers), ends)
 
-def from_pieces(name: str,
+def from_pieces(name: str,  # for reports
                 pieces: Callable[[Mapping[str, Any]], Pieces],  # of a row
                 ends: str = "token",  # one of ENDS
                 recipe: Mapping[str, Any] | None = None,  # plain data
                ) -> Template:
-    "Make a template of a function that cuts a row in pieces."
+    "Make a template of a function that cuts a row in pieces; raise ConfigurationError for an unknown `ends`."
     if ends not in ENDS: raise ConfigurationError(f"no way to end {ends!r}", where="ends=", fix=f"use one of {', '.join(ENDS)}")
     return Template(name, lambda row, tokenizer: join_pieces(pieces(row), ends), {"name": name, "ends": ends, **(recipe or {})})
 
 # %% ../../nbs/data/372_templates.ipynb #fill
-def gaps(pattern: str) -> list[str]:  # names of the columns
+def gaps(pattern: str,  # text with {column} gaps
+        ) -> list[str]:  # names of the columns
     "List the columns that a pattern names."
     return [name for _, name, _, _ in Formatter().parse(pattern) if name is not None]
 
 def fill(pattern: str,  # text with {column} gaps
-         row: Mapping[str, Any],
+         row: Mapping[str, Any],  # column -> value
         ) -> str:
-    "Put the values of a row into a pattern."
+    "Put the values of a row into a pattern; raise DataError for a column that is not there, ValueError for a bad value."
     for name in gaps(pattern):
         if name not in row:
             raise DataError(f"no column {name!r}", where=f"the template {pattern[:60]!r}", fix=f"use one of: {', '.join(map(repr, list(row)[:12]))}")
@@ -102,7 +103,8 @@ def instruction() -> Template:
         return [(fill("### Instruction:\n{instruction}", row) + given + "\n\n### Response:\n", False), (fill("{output}", row), True)]
     return from_pieces("instruction", pieces)
 
-def text(column: str = "text") -> Template:
+def text(column: str = "text",  # of the texts
+        ) -> Template:
     "Learn a whole text."
     return from_pieces("text", lambda row: [(fill(f"{{{column}}}", row), True)], recipe={"column": column})
 
@@ -110,8 +112,9 @@ def text(column: str = "text") -> Template:
 PLAIN = ("{% for m in messages %}{{ m.role.capitalize() }}:{{ ' ' + m.content }}"
          "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
 
-def chat_marks(turns: Sequence[Mapping[str, Any]], tokenizer: Any,
-               style: str | None) -> tuple[tuple[int, ...], tuple[int, ...]]:  # (token ids, 1 where the assistant speaks)
+def chat_marks(turns: Sequence[Mapping[str, Any]], tokenizer: Any,  # a conversation, and a tokenizer of transformers
+               style: str | None,  # a Jinja template, or None for the tokenizer's
+              ) -> tuple[tuple[int, ...], tuple[int, ...]]:  # (token ids, 1 where the assistant speaks)
     "Ask a chat template with {% generation %} which tokens are the assistant's."
     found = tokenizer.apply_chat_template(turns, chat_template=style, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     return tuple(found["input_ids"]), tuple(found["assistant_masks"])
@@ -134,7 +137,7 @@ def render_chat(turns: Sequence[Mapping[str, Any]],  # a conversation
 def chat(learn: str = "all",  # "all" answers or the "last"
          style: str | None = None,  # "plain", a Jinja template, or None for the tokenizer's own
         ) -> Template:
-    "Learn what the assistant says in a conversation."
+    "Learn what the assistant says in a conversation; raise ConfigurationError for an unknown choice."
     if learn not in ("all", "last"): raise ConfigurationError(f"cannot learn {learn!r}", where="learn=", fix="use 'all' or 'last'")
     written = PLAIN if style == "plain" else style
     if written is not None and "{" not in written: raise ConfigurationError(f"no chat style {style!r}", fix="use 'plain', a Jinja template, or None")
@@ -149,8 +152,9 @@ TEMPLATES: dict[str, Callable[[], Template]] = {
     "chat": chat, "chat-plain": lambda: chat(style="plain"), "completion": completion, "instruction": instruction,
     "label-words": label_words, "text": text}
 
-def find_template(template: Template | str | Callable[[Mapping[str, Any]], Pieces]) -> Template:
-    "Take a template, a name of one, or a function from a row to pieces."
+def find_template(template: Template | str | Callable[[Mapping[str, Any]], Pieces],  # a name is one of TEMPLATES or of a plugin
+                 ) -> Template:
+    "Take a template, a name of one, or a function from a row to pieces; raise ConfigurationError for an unknown name."
     if isinstance(template, Template): return template
     if callable(template): return from_pieces(getattr(template, "__name__", "function"), template)
     if template in TEMPLATES: return TEMPLATES[template]()
@@ -160,7 +164,8 @@ def find_template(template: Template | str | Callable[[Mapping[str, Any]], Piece
     return from_pieces(template, load_plugin("template", template), recipe={"plugin": template})
 
 # %% ../../nbs/data/372_templates.ipynb #render
-def render_rows(rows: Rows, template: Template,
+def render_rows(rows: Rows,  # from `read_source`
+                template: Template,  # from `find_template`
                 tokenizer: Any,  # of the model that will read the text
                ) -> tuple[list[Rendering], list[int], dict[int, str]]:  # (renderings, their positions in the table, position -> reason)
     "Render each row, or say why it cannot be."
@@ -177,10 +182,10 @@ def render_rows(rows: Rows, template: Template,
     return made, kept, faults
 
 # %% ../../nbs/data/372_templates.ipynb #refuse-faults
-def refuse_faults(rows: Rows,
+def refuse_faults(rows: Rows,  # they know the places
                   faults: Mapping[int, str],  # position -> reason
                  ) -> None:
-    "Refuse rows that cannot be used, each reason with its rows."
+    "Raise DataError for rows that cannot be used, each reason with its rows."
     reasons: dict[str, list[int]] = {}
     for i, why in faults.items(): reasons.setdefault(why, []).append(i)
     told = "; ".join(f"{at(rows, found)}: {why}" for why, found in list(reasons.items())[:8])

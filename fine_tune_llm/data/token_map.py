@@ -32,7 +32,7 @@ FATES = ("masked", "supervised", "truncated", "dropped")  # the number of a fate
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenMap:
-    "Show the fate of each token of one row."
+    "Show the fate of each token of one row; raise DataError if there are more of one than of the other."
     title: str  # which row, and what became of it
     tokens: Sequence[str]  # as shown
     fates: np.ndarray  # uint8, positions in FATES, one per token
@@ -41,13 +41,20 @@ class TokenMap:
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.fates): raise DataError(f"{len(self.tokens)} tokens and {len(self.fates)} fates", self.title)
     def __len__(self) -> int: return len(self.tokens)
-    def count(self, fate: str) -> int: return int((self.fates == FATES.index(fate)).sum())
-    def runs(self) -> list[tuple[str, list[str]]]: return group_runs(self)
+    def count(self,
+              fate: str,  # one of FATES
+             ) -> int:
+        "Count the tokens of one fate."
+        return int((self.fates == FATES.index(fate)).sum())
+    def runs(self) -> list[tuple[str, list[str]]]:  # (fate, tokens)
+        "Group neighbours of one fate."
+        return group_runs(self)
     def __repr__(self) -> str: return "\n".join([self.title, *(f"  {fate:<10} {' '.join(tokens)}" for fate, tokens in self.runs()), *self.notes])
     def _repr_html_(self) -> str: return styled(draw_map(self))
 
 # %% ../../nbs/data/375_token_map.ipynb #runs
-def group_runs(row: TokenMap) -> list[tuple[str, list[str]]]:  # (fate, neighbouring tokens that share it)
+def group_runs(row: TokenMap,  # in the order of its tokens
+              ) -> list[tuple[str, list[str]]]:  # (fate, neighbouring tokens that share it)
     "Group neighbours of one fate."
     return [(FATES[int(k)], [t for t, _ in pairs]) for k, pairs in groupby(zip(row.tokens, row.fates), key=lambda p: p[1])]
 
@@ -58,13 +65,14 @@ STYLES = {
     "truncated": "color:var(--verm);text-decoration:line-through;border-bottom:2px dashed var(--verm)",
     "dropped": "color:var(--dim);text-decoration:line-through;border-bottom:2px dotted var(--dim)"}
 
-def draw_run(fate: str, tokens: Sequence[str]) -> str:  # HTML
+def draw_run(fate: str, tokens: Sequence[str],  # one of FATES, and the tokens that share it, not yet escaped
+            ) -> str:  # HTML
     "Draw neighbours of one fate."
     breaks = {True: "<br>", False: ""}
     body = "".join(f'<span style="{STYLES[fate]};margin-right:3px;padding:0 1px">{escape(t)}</span><wbr>{breaks["⏎" in t]}' for t in tokens)
     return f'<span role="group" aria-label="{fate}" title="{fate}: {len(tokens)}">{body}</span>'
 
-def draw_map(row: TokenMap,
+def draw_map(row: TokenMap,  # with its title and notes
              most: int = 600,  # tokens drawn; of a longer row the middle is left out
             ) -> str:  # HTML
     "Draw a row, each token with its fate."

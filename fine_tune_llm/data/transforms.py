@@ -32,22 +32,27 @@ from .tables import as_column
 # %% ../../nbs/data/382_transforms.ipynb #run
 Functions = Sequence[tuple[Step, Callable[..., str]]]  # steps, each with its function
 
-def functions(recipe: Recipe, adds: bool) -> Functions:
+def functions(recipe: Recipe,  # from `recipe`
+              adds: bool,  # True for the augmenting steps
+             ) -> Functions:
     "Look up the functions of the cleaning or of the augmenting steps, once."
     return [(step, step.function()) for step in recipe.steps if step.adds == adds]
 
-def run_step(step: Step, function: Callable[..., str], text: str,
+def run_step(step: Step,  # its name and settings
+             function: Callable[..., str],  # of this step
+             text: str,  # one row
              where: str,  # which row, for messages
              **more: Any,  # the random generator, for a step that adds rows
             ) -> str:
-    "Run one step on one text, and name it where it fails."
+    "Run one step on one text; raise DataError that names it where it fails."
     try: found = function(text, **more, **step.options)
     except Exception as e: raise DataError(f"the step {step.name!r} failed: {type(e).__name__}: {e}", where, "mend the step or the row; nothing was changed") from e
     if not isinstance(found, str): raise DataError(f"the step {step.name!r} gave a {type(found).__name__}, not a text", where, "mend the step; nothing was changed")
     return found
 
 # %% ../../nbs/data/382_transforms.ipynb #run-cleaning
-def run_cleaning(steps: Functions, text: str, where: str) -> tuple[str, list[str]]:  # (text, names of steps that changed it)
+def run_cleaning(steps: Functions, text: str, where: str,  # from `functions`, one row, and which one it is, for messages
+                ) -> tuple[str, list[str]]:  # (text, names of steps that changed it)
     "Run cleaning steps on one text."
     done = []
     for step, function in steps:
@@ -55,18 +60,20 @@ def run_cleaning(steps: Functions, text: str, where: str) -> tuple[str, list[str
         if text != before: done.append(step.name)
     return text, done
 
-def run_adding(steps: Functions, text: str,
+def run_adding(steps: Functions,  # from `functions`
+               text: str,  # one row, cleaned
                seed: str,  # of this row
-               where: str) -> Iterator[tuple[str, str]]:  # (text, name of the step that made it)
+               where: str,  # which row, for messages
+              ) -> Iterator[tuple[str, str]]:  # (text, name of the step that made it)
     "Make the altered copies of one text, one per augmenting step."
     for n, (step, function) in enumerate(steps): yield run_step(step, function, text, where, rng=random.Random(f"{n}:{seed}")), step.name
 
 # %% ../../nbs/data/382_transforms.ipynb #trace
-def trace(data: Data,
+def trace(data: Data,  # from `load_data`
           source: Any,  # what the data was loaded from
           text: str = "text",  # column of the texts
          ) -> dict[str, str]:  # id of a train row -> "file, line 7"
-    "Find the place of each train row in its source."
+    "Find the place of each train row in its source; raise DataError if one is not there."
     rows = read_source(source)
     ids = unique_ids([row_id(str(t)) for t in column(rows, text)])
     found = {i: f"{rows.name}, {rows.unit} {place}" for i, place in zip(ids, rows.places.tolist())}
@@ -76,7 +83,8 @@ def trace(data: Data,
     return {i: found[i] for i in data.train.ids}
 
 # %% ../../nbs/data/382_transforms.ipynb #candidates
-def candidates(data: Data, recipe: Recipe,
+def candidates(data: Data,  # its train split counts
+               recipe: Recipe,  # from `recipe`
                places: Mapping[str, str],  # id -> place, as far as known
               ) -> pd.DataFrame:  # one line per row that is or would be in train
     "Run a recipe over train."
@@ -92,9 +100,10 @@ def candidates(data: Data, recipe: Recipe,
 
 # %% ../../nbs/data/382_transforms.ipynb #aside
 def set_aside(found: pd.DataFrame,  # of `candidates`
-              data: Data) -> pd.DataFrame:  # the same rows, with a column `key` and their final outcome
+              data: Data,  # before the recipe; its other splits count
+             ) -> pd.DataFrame:  # the same rows, with a column `key` and their final outcome
     "Give rows that must not be trained on the reason as their outcome."
-    others = {row_id(t): s.name for s in data.splits[1:] for t in s.texts}
+    others = {row_id(t): s.name for s in data.parts[1:] for t in s.texts}
     own: set[str] = set()
     keys, outcomes = [row_id(t) for t in found["text"]], []
     for key, text, outcome in zip(keys, found["text"], found["outcome"]):
@@ -123,10 +132,10 @@ def new_ids(found: pd.DataFrame,  # of `set_aside`, rows that stay
     return named
 
 # %% ../../nbs/data/382_transforms.ipynb #split
-def train_split(data: Data,
+def train_split(data: Data,  # before the recipe
                 stay: pd.DataFrame,  # rows of `set_aside` that are trained on, with their `id`
                ) -> Split:
-    "Make the train split of the rows that stay."
+    "Make the train split of the rows that stay; raise DataError if a class has lost all of them."
     old, parent = data.train, stay["parent"].to_numpy(dtype=int)
     y = None if old.y is None else old.y[parent]
     groups = None if old.groups is None else old.groups.iloc[parent].reset_index(drop=True)
@@ -138,21 +147,28 @@ def train_split(data: Data,
 @dataclass(frozen=True, eq=False, repr=False)
 class Transformed:
     "Hold data after a recipe, and what was done to each row."
-    data: Data
+    data: Data  # with another train split, and the recipe in its manifest
     lineage: pd.DataFrame  # id, origin (id before), place, steps, outcome: one line per row that is or was in train
-    recipe: Recipe
+    recipe: Recipe  # that was applied
 
     @property
-    def counts(self) -> dict[str, int]: return {str(k): int(v) for k, v in self.lineage["outcome"].value_counts().sort_index().items()}
+    def counts(self) -> dict[str, int]:  # outcome -> rows
+        "Count the rows by what became of them."
+        return {str(k): int(v) for k, v in self.lineage["outcome"].value_counts().sort_index().items()}
     def __repr__(self) -> str: return f"recipe {self.recipe.hash}: " + ", ".join(f"{n} {outcome}" for outcome, n in self.counts.items())
-    def save(self, folder: str | Path) -> Path: return save_transformed(self, Path(folder))
+    def save(self,
+             folder: str | Path,  # to be made
+            ) -> Path:
+        "Write rows, lineage and recipe; raise DataError if the folder is there."
+        return save_transformed(self, Path(folder))
 
 # %% ../../nbs/data/382_transforms.ipynb #transform
-def transform(data: Data, recipe: Recipe,
+def transform(data: Data,  # from `load_data`; is not changed
+              recipe: Recipe,  # from `recipe`
               source: Any = None,  # what the data was loaded from, for the places of the lineage
               text: str = "text",  # column of the texts in the source
              ) -> Transformed:
-    "Clean and augment the train split, and keep track of every row."
+    "Clean and augment the train split, and keep track of every row; raise DataError if that was done before."
     if any(r["hash"] == recipe.hash for r in data.manifest.get("recipes", ())):
         raise DataError(f"the recipe {recipe.hash} was applied to this data before", "train", "transform the data as it was loaded")
     found = set_aside(candidates(data, recipe, trace(data, source, text) if source is not None else {}), data)
@@ -172,7 +188,7 @@ def clean_rows(source: Any,  # path, plugin name, list of dicts, DataFrame or Da
                recipe: Recipe,  # of cleaning steps
                columns: Sequence[str],  # of texts
               ) -> tuple[Rows, pd.DataFrame]:  # (rows, table of place, column and steps, one line per changed value)
-    "Clean columns of rows, and tell what was changed where."
+    "Clean columns of rows, and tell what was changed where; raise ConfigurationError for a step that adds rows."
     if added := [s.name for s in recipe.steps if s.adds]:
         raise ConfigurationError(f"these steps add rows: {', '.join(added)}", where="clean_rows", fix="leave them out, or use transform on labelled data")
     rows, steps, told = read_source(source), functions(recipe, adds=False), []
@@ -187,7 +203,9 @@ def clean_rows(source: Any,  # path, plugin name, list of dicts, DataFrame or Da
     return replace(rows, table=table), pd.DataFrame(told, columns=["place", "column", "steps"])
 
 # %% ../../nbs/data/382_transforms.ipynb #save
-def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def write_lines(path: Path,  # of the file, written over if it is there
+                records: Sequence[Mapping[str, Any]],  # plain data, one a line
+               ) -> None:
     "Write one JSON object a line."
     with open(path, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
@@ -195,24 +213,25 @@ def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         os.fsync(f.fileno())
 
 # %% ../../nbs/data/382_transforms.ipynb #split-records
-def split_records(split: Split) -> list[dict[str, Any]]:
+def split_records(split: Split,  # with labels and groups, or without
+                 ) -> list[dict[str, Any]]:  # id, text, label, split and the groups, one dict a row
     "Write the rows of a split as plain data."
     groups: list[Any] = split.groups.to_dict("records") if split.groups is not None else [{}] * len(split)
     names = [split.labels[k] for k in split.y] if split.y is not None else [None] * len(split)
     return [{**g, "id": str(i), "text": t, "label": name, "split": split.name} for i, t, name, g in zip(split.ids, split.texts, names, groups)]
 
 # %% ../../nbs/data/382_transforms.ipynb #save-all
-def save_transformed(done: Transformed,
+def save_transformed(done: Transformed,  # from `transform`
                      folder: Path,  # must not be there yet
                     ) -> Path:  # the folder
-    "Write rows, lineage and recipe: all or nothing."
+    "Write rows, lineage and recipe, all or nothing; raise DataError if the folder is there."
     if folder.exists(): raise DataError("the folder is there already", str(folder), "choose a new name")
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     part.mkdir(parents=True)
     try:
         lineage: list[Any] = done.lineage.astype(object).where(done.lineage.notna(), None).to_dict("records")
         known = {r["id"]: {"place": r["place"], "steps": list(r["steps"])} for r in lineage if r["id"] is not None}
-        write_lines(part / "rows.jsonl", [{**r, **(known.get(r["id"], {}) if s.name == "train" else {})} for s in done.data.splits for r in split_records(s)])
+        write_lines(part / "rows.jsonl", [{**r, **(known.get(r["id"], {}) if s.name == "train" else {})} for s in done.data.parts for r in split_records(s)])
         write_lines(part / "lineage.jsonl", lineage)
         write_lines(part / "recipe.json", [{**done.recipe.plain(), "hash": done.recipe.hash}])
         os.rename(part, folder)
