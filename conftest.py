@@ -1,7 +1,7 @@
 """Let plain `pytest` run the notebooks: each cell that asserts something is one test, run against the exported module.
 
 A module notebook's cells see a copy of the exported module's names, so coverage counts the package itself. Any other
-notebook gets a module of its own; one in `nbs/tutorials` runs whole, as one test; all but the first are slow."""
+notebook gets a module of its own; one in `nbs/tutorials` runs whole, as one test that is slow (the front page's ten lines are not)."""
 import ast
 import importlib
 import linecache
@@ -40,7 +40,7 @@ class Notebook(pytest.File):
         for cell in list(self.todo):
             if cell is self.todo[-1] or (not whole and IS_TEST.search(cell.source)):
                 item = Cell.from_parent(self, name="whole" if whole else f"cell{cell.idx_}", cell=cell)
-                if whole and not self.path.name.startswith("01"): item.add_marker("slow")  # CI runs them as a reader does, with nbdev_test
+                if whole: item.add_marker("slow")  # CI runs them as a reader does, with nbdev_test
                 yield item
 
     def namespace(self) -> dict:
