@@ -119,15 +119,16 @@ def coverage_plot(rows: Sequence[Coverage],  # all rows first, then groups
     left = floor(20 * min(min(r.measured.value, r.low) for r in rows) - .5) / 20
     p = Plot(head, "; ".join(f"{r.name} {num(r.measured.value)}, law {num(r.low)} to {num(r.high)}" for r in rows),
              (left, 1), (0, len(rows)), 44 * len(rows), 112)
-    for i, r in enumerate(rows):
-        y, bad = len(rows) - .5 - i, r.measured.value < r.low
+    places = [(len(rows) - .5 - i, r, r.measured.value < r.low) for i, r in enumerate(rows)]
+    for y, r, _ in places:
         p.text(left, y, cut(r.name, 16), "", -112, -2)
         p.text(left, y, f"{cut(r.column, 10)} n {num(r.measured.n, 0)}".strip(), "dim", -112, 13)
         p.band([r.low, r.high], [y - .3] * 2, [y + .3] * 2, "null")
+    p.seg(target, 0, target, len(rows), "thin dash ink")
+    for y, r, bad in places:  # over the target line, so that it strikes out no number
         p.dot(r.measured.value, y, "verm square" if bad else "blue", f"{r.name}: {num(r.measured.value)}")
         p.text(r.measured.value, y, num(r.measured.value), f"c halo {'verm' if bad else 'blue'}", 10)
-    return p.seg(target, 0, target, len(rows), "thin dash ink").xaxis("dashed: target; grey: exact law, 95 %",
-                                                                      decimals(1 - left))
+    return p.xaxis("dashed: target; grey: exact law, 95 %", decimals(1 - left))
 
 # %% ../../nbs/audit/230_drawings.ipynb #sizes-plot
 def sizes_plot(counts: Sequence[int],  # rows whose set has 0, 1, 2... labels

@@ -57,7 +57,9 @@ def metric_choices(r: AuditReport) -> list[str]:  # "all" first
     return ["all", *dict.fromkeys(row.metric for row in r.rows)]
 
 # %% ../../nbs/panels/670_audit_panel.ipynb #choices-row
-def labelled(widget: Widget, name: str) -> Any:
+def labelled(widget: Widget,  # a control
+             name: str,  # of the class, without `ft-`
+            ) -> Any:  # the same control
     "Give a control a class, so that style sheets and tests find it."
     widget.add_class("ft-" + name)
     widget.add_class("ft-field")
@@ -66,7 +68,7 @@ def labelled(widget: Widget, name: str) -> Any:
 
 class Choices(Box):
     "Choose what a panel shows."
-    def __init__(self, report: AuditReport):
+    def __init__(self, report: AuditReport):  # gives the metrics and the groups
         self.sort = labelled(Dropdown(description="Sort by", options=[("worst first", "worst"), *((s, s) for s in SORTS[1:])]), "sort")
         self.verdict = labelled(Dropdown(description="Verdict", options=KEPT), "verdict")
         self.metric = labelled(Dropdown(description="Metric", options=metric_choices(report)), "metric")
@@ -78,7 +80,7 @@ class Choices(Box):
 # %% ../../nbs/panels/670_audit_panel.ipynb #review
 class Review(Box):
     "Write waivers, challenges, answers and signatures into a dossier."
-    def __init__(self, dossier: Dossier,
+    def __init__(self, dossier: Dossier,  # into whose trail it writes
                  act: Callable[[Callable[[], str]], Callable[..., Any]]):  # runs what a button does, and shows what it says
         self.dossier = dossier
         names = [r["name"] for r in dossier.events[0]["requirements"]]
@@ -97,16 +99,20 @@ class Review(Box):
         "Take the words out of the box, once they are in the trail."
         words, self.words.value = self.words.value, ""
         return str(words)
-    def challenge(self) -> str:
+    def challenge(self) -> str:  # what was done
+        "Write a doubt into the trail."
         self.dossier.challenge(self.words.value, by=self.name.value)
         return f"Challenged by {self.name.value}: {self.spent()}"
-    def answer(self) -> str:
+    def answer(self) -> str:  # what was done
+        "Answer the oldest challenge that is open."
         self.dossier.answer(self.words.value, by=self.name.value)
         return f"Answered by {self.name.value}: {self.spent()}"
-    def waive(self) -> str:
+    def waive(self) -> str:  # what was done
+        "Do without a requirement until a day, with a reason."
         self.dossier.waive(self.requirement.value, self.words.value, expires=self.expires.value.strip(), by=self.name.value)
         return f"Waived {self.requirement.value} until {self.expires.value}: {self.spent()}"
-    def sign(self) -> str:
+    def sign(self) -> str:  # what was done
+        "Sign what the dossier holds."
         head = self.dossier.sign(self.name.value)
         return f"Signed by {self.name.value}. Keep this elsewhere: {head}"
 
@@ -126,7 +132,9 @@ AUDIT_CSS = PANEL_CSS + """
 .ft-audit .ft-field :is(select,input,textarea):focus-visible{outline:2px solid #0072b2}
 [data-jp-theme-light="false"] .ft-audit :is(select,input){color-scheme:dark}.ft-audit select{appearance:auto;background-image:none}
 .ft-audit .ft-status{padding:0 20px}.ft-audit .ft-status div{min-height:1.45em}
-@container (max-width:760px){.ft-audit .look.look .gaps .rate{display:none}.ft-audit .look.look .gaps td,.ft-audit .look.look .gaps th{padding-right:8px}}
+.ft-audit .look .iv{white-space:nowrap}
+@container (max-width:760px){.ft-audit .look.look .gaps .rate{display:none}.ft-audit .look.look .gaps :is(td,th){padding-right:8px}
+ .ft-audit .look.look .gaps .ax{padding-right:20px}.ft-audit .look.look .slices :is(td,th){white-space:normal;padding-right:10px}}
 @container (max-width:560px){.ft-audit .look.look .gaps .said{display:none}}
 @media print{.ft-audit :is(.ft-choices,.ft-review,.ft-out){display:none}}
 """
@@ -145,7 +153,7 @@ class AuditPanel(VBox):
         if box is not None and value not in [v for _, v in box._options_full]: raise TraitError(f"no {name} {value!r} in this report")
         return value
 
-    def __init__(self, report: AuditReport,
+    def __init__(self, report: AuditReport,  # of `audit`
                  preds: Predictions | None = None,  # the audited rows, to look at some
                  slices: SliceReport | None = None,  # of `find_slices`
                  dossier: Dossier | None = None,  # to challenge, answer, waive and sign
@@ -165,7 +173,8 @@ class AuditPanel(VBox):
         self.observe(draw, ["sort", "verdict", "metric", "group", "texts"])
         draw_all(self)
 
-    def act(self, work: Callable[[], str]) -> Callable[..., Any]:
+    def act(self, work: Callable[[], str]) -> Callable[..., Any]:  # a callback for a button
+        "Wrap what a button does: its words go to the status line, its error to the alert line."
         def done(*_: Any) -> None:
             self.alert.value = ""
             told = work()
@@ -187,7 +196,9 @@ class AuditPanel(VBox):
     def __repr__(self) -> str: return f"AuditPanel: {self.report.title}"
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         return with_still(super()._repr_mimebundle_(**kwargs), self.still())
-    def still(self) -> dict[str, str]: return {"text/plain": repr(self), "text/html": self.picture()}
+    def still(self) -> dict[str, str]:  # by MIME type
+        "Give what is shown where no kernel is."
+        return {"text/plain": repr(self), "text/html": self.picture()}
     def _ipython_display_(self) -> None: self.shown = display(self._repr_mimebundle_(), raw=True, display_id=True)
 
     def close(self) -> None:
@@ -200,7 +211,8 @@ class AuditPanel(VBox):
         if self.shown: self.shown.update(self.still(), raw=True)
 
 # %% ../../nbs/panels/670_audit_panel.ipynb #laid-out
-def laid_out(panel: AuditPanel) -> list[Widget]:
+def laid_out(panel: AuditPanel,  # whose pieces are made already
+            ) -> list[Widget]:
     "Put the pieces of a panel in the order of reading."
     out = Box([panel.file, panel.export])
     for widget, name in ((panel.status, "status"), (out, "out"), (panel.table, "table"), (panel.examples, "examples")): widget.add_class(f"ft-{name}")
@@ -209,15 +221,19 @@ def laid_out(panel: AuditPanel) -> list[Widget]:
     return [sheet, panel.head, panel.choices, panel.table, panel.examples, panel.more, *review, panel.alert, panel.status, out]
 
 # %% ../../nbs/panels/670_audit_panel.ipynb #draw
-def tell(panel: AuditPanel, words: str) -> None:
+def tell(panel: AuditPanel,  # where it is said
+         words: str,  # plain text
+        ) -> None:
     "Say what was done, to eyes and to screen readers."
     panel.status.value = f'<div role="status" aria-live="polite">{escape(visible(words))}</div>'
 
-def draw_table(panel: AuditPanel) -> None:
+def draw_table(panel: AuditPanel,  # with its choices
+              ) -> None:
     "Draw the lines that are chosen."
     panel.table.value = look(table_html(panel.report.rows, panel.report.tolerance, panel.sort, panel.verdict, panel.metric))
 
-def draw_examples(panel: AuditPanel) -> None:
+def draw_examples(panel: AuditPanel,  # with a group chosen, or none
+                 ) -> None:
     "Draw the rows of the chosen group."
     if not panel.group: panel.examples.value = ""
     elif panel.preds is None: panel.examples.value = look("<p>A report holds no rows. To see some, open the panel with preds=.</p>")
@@ -226,12 +242,15 @@ def draw_examples(panel: AuditPanel) -> None:
         n, few = int(rows_in(panel.preds, row.column, row.group).sum()), example_rows(panel.preds, row.column, row.group)
         panel.examples.value = look(examples_html(few, panel.group, n, panel.texts))
 
-def draw_dossier(panel: AuditPanel) -> None:
+def draw_dossier(panel: AuditPanel,  # with a dossier, or none
+                ) -> None:
     "Draw the state of the dossier."
     if panel.dossier is not None: panel.trail.value = look(dossier_part(panel.dossier, panel.today or date.today()))
 
 # %% ../../nbs/panels/670_audit_panel.ipynb #draw-all
-def draw_choice(panel: AuditPanel, name: str) -> None:
+def draw_choice(panel: AuditPanel,  # with its choices
+                name: str,  # of the trait that has changed
+               ) -> None:
     "Redraw what a choice changes, and say what is shown."
     panel.alert.value = ""
     if name in ("group", "texts"):
@@ -240,7 +259,8 @@ def draw_choice(panel: AuditPanel, name: str) -> None:
     draw_table(panel)
     tell(panel, f"{len(panel.snapshot())} of {len(panel.report.rows)} lines, sorted by {panel.sort}.")
 
-def draw_all(panel: AuditPanel) -> None:
+def draw_all(panel: AuditPanel,  # whose pieces are still empty
+            ) -> None:
     "Draw every piece."
     panel.head.value = look(head_html(panel.report))
     panel.more.value = look(findings_html(panel.report) + (slices_html(panel.slices) if panel.slices else ""))
@@ -255,7 +275,9 @@ def panel_picture(panel: AuditPanel) -> str:  # HTML with its style sheet
     body = styled(head_html(panel.report) + table + findings_html(panel.report) + slices + trail)
     return f'<style>{AUDIT_CSS}</style><div class="ft-audit">{body}</div>'
 
-def write_export(panel: AuditPanel, path: Path) -> None:
+def write_export(panel: AuditPanel,  # with a report, and for a card a dossier
+                 path: Path,  # .html, .json or .md; nothing is overwritten
+                ) -> None:
     "Write a report, or with the suffix .md a card, into a new file."
     if path.exists(): raise ConfigurationError("there is such a file already", where=str(path), fix="choose another name")
     if path.suffix != ".md": return panel.report.save(path)

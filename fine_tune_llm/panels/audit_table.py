@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SORTS', 'KEPT', 'RULE', 'key_of', 'severity', 'arranged', 'label_html', 'heading_of', 'line_html', 'wide_html',
            'span_of', 'table_html', 'require_same_rows', 'rows_in', 'example_rows', 'shown_text', 'examples_html',
-           'slices_html', 'verdict_mark', 'requirements_html', 'waivers_html', 'challenges_html', 'dossier_state',
-           'dossier_part', 'head_html', 'findings_html', 'shown_frame']
+           'parted', 'slices_html', 'verdict_mark', 'requirements_html', 'waivers_html', 'challenges_html',
+           'dossier_state', 'dossier_part', 'head_html', 'findings_html', 'shown_frame']
 
 # %% ../../nbs/panels/665_audit_table.ipynb #imports
 from collections.abc import Mapping, Sequence
@@ -29,6 +29,7 @@ from ..audit.report import AuditReport, provenance_of, summary_html
 from ..audit.slices import SliceReport
 from ..core.errors import ConfigurationError, DataError
 from ..core.figures import CHIP, chip, figure, num
+from ..uncertainty.metrics import Estimate
 from ..uncertainty.predictions import Predictions
 
 # %% ../../nbs/panels/665_audit_table.ipynb #arrange
@@ -42,7 +43,7 @@ def severity(r: GroupRow) -> tuple[int, float]:  # smaller is worse
     "Rank a line by its verdict, then by its gap in tolerances."
     return KEPT.index(r.verdict), -abs(r.gap.value) / r.tolerance if r.gap else 0.0
 
-def arranged(rows: Sequence[GroupRow],
+def arranged(rows: Sequence[GroupRow],  # lines of a report
              sort: str = "worst",  # one of SORTS
              verdict: str = "all",  # one of KEPT
              metric: str = "all",  # or the name of one
@@ -56,7 +57,9 @@ def arranged(rows: Sequence[GroupRow],
     return sorted(kept, key=lambda r: first[key_of(r)])
 
 # %% ../../nbs/panels/665_audit_table.ipynb #line
-def label_html(r: GroupRow, sort: str) -> str:
+def label_html(r: GroupRow,  # a line
+               sort: str,  # one of SORTS
+              ) -> str:
     "Say in the first cell what the heading above it does not say."
     metric, group = f"<b>{escape(visible(r.metric))}</b>", f'<span title="{escape(visible(key_of(r)))}">{escape(visible(cut(r.group)))}</span>'
     column = f'<span class="quiet">{escape(visible(cut(r.column)))}</span>'
@@ -68,7 +71,8 @@ def heading_of(r: GroupRow, sort: str) -> str:  # "" where lines stand alone
     column = escape(visible(cut(r.column)))
     return f"<b>{escape(visible(r.metric))}</b> by {column}" if sort == "metric" else f"{column} <b>{escape(visible(cut(r.group, 60)))}</b>"
 
-def line_html(r: GroupRow, sort: str,
+def line_html(r: GroupRow,  # a line
+              sort: str,  # one of SORTS
               tolerance: float,  # half width of the grey band, a share
               span: float,  # half width of the axis, a share
              ) -> str:  # one row of a table
@@ -92,7 +96,9 @@ def span_of(rows: Sequence[GroupRow], tolerance: float) -> float:  # half width,
 
 def table_html(rows: Sequence[GroupRow],  # of the whole report
                tolerance: float,  # half width of the grey band, a share
-               sort: str = "worst", verdict: str = "all", metric: str = "all",
+               sort: str = "worst",  # one of SORTS
+               verdict: str = "all",  # one of KEPT
+               metric: str = "all",  # or the name of one
                most: int = 60,  # lines to draw
               ) -> str:
     "Draw the lines of a report."
@@ -109,14 +115,16 @@ def table_html(rows: Sequence[GroupRow],  # of the whole report
     return wide_html("Groups", f'<table class="gaps"><thead>{head}</thead><tbody>{body}{more}</tbody></table>')
 
 # %% ../../nbs/panels/665_audit_table.ipynb #examples
-def require_same_rows(report: AuditReport, preds: Predictions) -> None:
+def require_same_rows(report: AuditReport,  # knows a hash of its rows
+                      preds: Predictions,  # that should be these rows
+                     ) -> None:
     "Refuse predictions that are not those of a report."
     if provenance_of(preds, {})["rows"] != report.provenance["rows"]:
         raise DataError("these predictions are not the rows of the report", where="preds", fix="pass what was given to audit")
 
-def rows_in(preds: Predictions,
+def rows_in(preds: Predictions,  # rows with group columns
             column: str,  # or several joined by " & "
-            group: str,
+            group: str,  # its name in the report
            ) -> np.ndarray:  # bool, shape [n]
     "Find the rows of a group as the audit did."
     if preds.groups is None: raise DataError("the predictions have no group columns", fix="give groups= to Predictions")
@@ -124,7 +132,9 @@ def rows_in(preds: Predictions,
     g = groupings(preds.groups, [parts])[0]
     return g.codes == list(g.groups).index(group) if group in g.groups else np.zeros(len(preds), dtype=bool)
 
-def example_rows(preds: Predictions, column: str, group: str,
+def example_rows(preds: Predictions,  # rows with true classes
+                 column: str,  # or several joined by " & "
+                 group: str,  # its name in the report
                  most: int = 8,  # rows
                 ) -> pd.DataFrame:  # id, truth, answer, confidence, text
     "Pick rows of a group: confident mistakes first, then unsure right answers."
@@ -156,20 +166,27 @@ def examples_html(t: pd.DataFrame,  # of `example_rows`
             + wide_html("Examples", f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"))
 
 # %% ../../nbs/panels/665_audit_table.ipynb #slices
-def slices_html(s: SliceReport) -> str:
+def parted(e: Estimate) -> str:  # HTML
+    "Write an estimate so that a line may break before its interval, and not in it."
+    value, _, interval = told(e).partition(" ")
+    return f'{value} <span class="iv">{interval}</span>'
+
+def slices_html(s: SliceReport,  # of `find_slices`
+               ) -> str:
     "Lay out the slices that were tested."
-    body = "".join(f'<tr class="top"><th scope="row" class="long">{escape(visible(cut(r.name, 60)))}</th><td class="num">{num(r.loss.n, 0)}</td><td>{told(r.loss)}</td>'
-                   f'<td>{told(r.gap)}</td><td class="num">{num(r.p) if r.p >= 0.0005 else "&lt; 0.001"}</td><td>{chip(r.verdict)}</td></tr>' for r in s.rows)
+    body = "".join(f'<tr class="top"><th scope="row" class="long">{escape(visible(cut(r.name, 60)))}</th><td class="num">{num(r.loss.n, 0)}</td><td>{parted(r.loss)}</td>'
+                   f'<td>{parted(r.gap)}</td><td class="num">{num(r.p) if r.p >= 0.0005 else "&lt; 0.001"}</td><td>{chip(r.verdict)}</td></tr>' for r in s.rows)
     names = ("slice", "n", f"{escape(s.metric)} [95 %]", "gap to the rest [95 %]", "p, adjusted", "verdict")
     head = "".join(f'<th scope="col" class="{"num" if h[0] in "np" else ""}">{h}</th>' for h in names)
-    return f"<h4>{escape(s.title)}</h4>" + wide_html("Slices", f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    return f"<h4>{escape(s.title)}</h4>" + wide_html("Slices", f'<table class="slices"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
 
 # %% ../../nbs/panels/665_audit_table.ipynb #requirements
 def verdict_mark(word: str) -> str:  # HTML
     "Draw a verdict, or the mark of a waiver."
     return chip(word) if word in CHIP else f'<span class="chip dim dashed"><span>{escape(word)}</span></span>'
 
-def requirements_html(standings: Sequence[Standing]) -> str:
+def requirements_html(standings: Sequence[Standing],  # one for each requirement
+                     ) -> str:
     "Lay out where each requirement stands."
     def files(s: Standing) -> str: return ", ".join(f"{f} {h[:8]}" for f, h in (s.evidence or {}).get("files", {}).items()) or "none"
     body = "".join(f'<tr class="top"><th scope="row"><b>{escape(s.requirement.name)}</b></th><td>{verdict_mark(s.verdict)}</td>'
@@ -178,7 +195,9 @@ def requirements_html(standings: Sequence[Standing]) -> str:
     return f'<h4>Requirements, risk score {risk_score(standings):.2f}</h4><table><tbody>{body}</tbody></table>'
 
 # %% ../../nbs/panels/665_audit_table.ipynb #waivers
-def waivers_html(events: Sequence[Mapping[str, Any]], today: date) -> str:
+def waivers_html(events: Sequence[Mapping[str, Any]],  # the trail of a dossier
+                 today: date,  # to tell what has expired
+                ) -> str:
     "List waivers with reason and last day."
     waivers = [e for e in events if e["event"] == "audit_waiver"]
     if not waivers: return ""
@@ -188,7 +207,8 @@ def waivers_html(events: Sequence[Mapping[str, Any]], today: date) -> str:
                 f'<td class="long">{escape(visible(cut(e["reason"], 300)))}, {escape(visible(cut(e["by"], 60)))}</td></tr>')
     return f'<h4>Waivers</h4><table><tbody>{"".join(map(row, waivers))}</tbody></table>'
 
-def challenges_html(events: Sequence[Mapping[str, Any]]) -> str:
+def challenges_html(events: Sequence[Mapping[str, Any]],  # the trail of a dossier
+                   ) -> str:
     "List challenges with their answers."
     answers = {e["to"]: e for e in events if e["event"] == "audit_answer"}
     def said(e: Mapping[str, Any]) -> str: return f'{escape(visible(cut(e["text"], 300)))} <span class="quiet">{escape(visible(cut(e["by"], 60)))}</span>'
@@ -197,7 +217,9 @@ def challenges_html(events: Sequence[Mapping[str, Any]]) -> str:
     return f"<h4>Challenges</h4><ul>{items}</ul>" if items else ""
 
 # %% ../../nbs/panels/665_audit_table.ipynb #dossier
-def dossier_state(found: Verification, events: Sequence[Mapping[str, Any]]) -> str:  # HTML
+def dossier_state(found: Verification,  # of `Dossier.verify`
+                  events: Sequence[Mapping[str, Any]],  # the trail of the dossier
+                 ) -> str:  # HTML
     "Say what is altered, what is open and who has signed."
     word = "fail" if found.altered else "pass" if found.ok else "not enough evidence"
     said = f"{len(found.altered)} altered" if found.altered else "complete" if found.ok else f"{len(found.open)} points open"
@@ -206,7 +228,9 @@ def dossier_state(found: Verification, events: Sequence[Mapping[str, Any]]) -> s
     return (f'<div class="state">{chip(word)}<span>{said}</span><span>{escape(visible(signed))}</span>'
             f'<span class="quiet">head {found.head[:12]}</span></div>' + (f"<ul>{points}</ul>" if points else ""))
 
-def dossier_part(d: Dossier, today: date) -> str:  # HTML
+def dossier_part(d: Dossier,  # an open dossier
+                 today: date,  # for which waivers are judged
+                ) -> str:  # HTML
     "Draw a dossier for the panel."
     events, found = d.events, d.verify(today)
     start = opened(events)
@@ -214,21 +238,27 @@ def dossier_part(d: Dossier, today: date) -> str:  # HTML
             f"{requirements_html(d.standings(today))}{waivers_html(events, today)}{challenges_html(events)}")
 
 # %% ../../nbs/panels/665_audit_table.ipynb #head
-RULE = ("Grey: the tolerance. Pass: the whole 95 % interval of the gap to the rest is inside. Fail: the whole interval is outside, even when it is "
+RULE = ("Grey: the tolerance. Pass: the whole 95\u00a0% interval of the gap to the rest is inside. Fail: the whole interval is outside, even when it is "
         "widened to hold for all lines together. Otherwise not enough evidence.")
 
-def head_html(r: AuditReport) -> str:
+def head_html(r: AuditReport,  # of `audit`
+             ) -> str:
     "State what an audit found, and its rule."
     rows, split = r.provenance["rows"].split(", ")[:2]
     facts = r.provenance["task"], f"model {cut(r.provenance['model'], 60)}", f"{rows} rows", cut(split, 60)
     lead = f'<div class="state">{chip(r.verdict)}{"".join(f"<span>{escape(visible(f))}</span>" for f in facts)}</div>'
     return figure(r.title, RULE, lead)
 
-def findings_html(r: AuditReport) -> str:
+def findings_html(r: AuditReport,  # of `audit`
+                 ) -> str:
     "Draw the findings about all rows."
     return f"<h4>All rows</h4>{wide_html('All rows', summary_html(r.summary))}"
 
-def shown_frame(r: AuditReport, sort: str = "worst", verdict: str = "all", metric: str = "all") -> pd.DataFrame:
+def shown_frame(r: AuditReport,  # of `audit`
+                sort: str = "worst",  # one of SORTS
+                verdict: str = "all",  # one of KEPT
+                metric: str = "all",  # or the name of one
+               ) -> pd.DataFrame:
     "Give the lines that a table shows, all of them, with their numbers."
     rows = arranged(r.rows, sort, verdict, metric)
     return rows_frame(rows, gaps=True).assign(column=[g.column for g in rows], group=[g.group for g in rows])
