@@ -8,7 +8,18 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pandas as pd
 import pytest
-from ipywidgets import HTML, BoundedFloatText, Button, Checkbox, Dropdown, FloatSlider, FloatText, IntText, Text, Textarea
+from ipywidgets import (
+    HTML,
+    BoundedFloatText,
+    Button,
+    Checkbox,
+    Dropdown,
+    FloatSlider,
+    FloatText,
+    IntText,
+    Text,
+    Textarea,
+)
 from ipywidgets.widgets import widget as widgets
 
 from fine_tune_llm.audit.report import audit

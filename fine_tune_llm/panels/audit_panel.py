@@ -134,8 +134,11 @@ AUDIT_CSS = PANEL_CSS + """
 .ft-audit .ft-status{padding:0 20px}.ft-audit .ft-status div{min-height:1.45em}
 .ft-audit .look .iv{white-space:nowrap}
 @container (max-width:760px){.ft-audit .look.look .gaps .rate{display:none}.ft-audit .look.look .gaps :is(td,th){padding-right:8px}
- .ft-audit .look.look .gaps .ax{padding-right:20px}.ft-audit .look.look .slices :is(td,th){white-space:normal;padding-right:10px}}
-@container (max-width:560px){.ft-audit .look.look .gaps .said{display:none}}
+ .ft-audit .look.look .gaps .ax{padding-right:20px}.ft-audit .look.look .slices :is(td,th):not(.num){white-space:normal;padding-right:10px}
+ .ft-audit .look.look .gaps :is(tbody th,.said){white-space:normal}.ft-audit .look.look .gaps tbody th[scope=row]{min-width:100px;overflow-wrap:anywhere}
+ .ft-audit .look.look td .chip{white-space:normal;height:auto;min-height:20px;line-height:1.2;padding:1px 8px;max-width:112px}
+ .ft-audit .look.look td .chip.dashed:has(svg){min-width:106px}}
+@container (max-width:480px){.ft-audit .look.look .gaps .said{display:none}}
 @media print{.ft-audit :is(.ft-choices,.ft-review,.ft-out){display:none}}
 """
 
