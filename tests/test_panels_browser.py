@@ -156,6 +156,51 @@ def test_panels_in_lab(lab, browser, tmp_path):  # noqa: F811
     page.close()
 
 
+TRUTH = """
+from fine_tune_llm.data.report import check_data
+from fine_tune_llm.data.truth import data_truth
+from fine_tune_llm.models.loading import load_model
+from fine_tune_llm.panels.data_panel import DataPanel
+
+EVIL = "<img src=x onerror=window.hacked=1>"
+rows = [dict(prompt="Name a module.", completion=" numpy"), dict(prompt="Of all that one could import, and there is much, name one module " * 2, completion=" os"),
+        dict(prompt=f"Say {EVIL}", completion=" what a whole library of modules could be for, and then some more of it, until nobody reads any further")]
+truth = data_truth(rows, load_model("pocket", device="cpu").tokenizer, "completion", max_length=24, cut="prompt-left", on_cut="drop")
+panel = DataPanel(check_data([dict(text=f"row {i} {w}", label=w) for i, w in enumerate("ab" * 20)], text="text", label="label"), truth)
+"""
+SEEN = """() => [...document.querySelectorAll('.ft-live [role=group]')].map(g => {
+    const look = getComputedStyle(g.firstChild)
+    return [g.getAttribute('aria-label'), g.querySelectorAll('span').length, look.color, (look.borderBottomColor.endsWith(', 0)') ? 'bare' : look.borderBottomStyle) + ' ' + look.textDecorationLine]
+})"""
+
+
+def test_a_row_as_the_model_sees_it(lab, browser, tmp_path):  # noqa: F811
+    "What is learned, masked, cut off or dropped is told apart by name, by colour and by pattern, row by row, from the keyboard."
+    ready, token, root = lab
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(new_notebook(cells=[new_code_cell(TRUTH), new_code_cell("panel")], metadata=kernel), root / "truth.ipynb")
+    page = browser.new_page()
+    page.set_default_timeout(120_000)  # the kernel imports a tokenizer, and torch with it
+    open_and_run(page, ready(), token, "truth.ipynb")
+    page.wait_for_function("document.querySelectorAll('.ft-live [role=group]').length > 1")
+    rows = [page.evaluate(SEEN)]
+    for n in (2, 3):
+        page.locator(".ft-place input").focus()
+        for key in ("Control+a", str(n), "Enter"): page.keyboard.press(key)
+        page.wait_for_function(f"[...document.querySelectorAll('.ft-live h3')].some(h => h.textContent.includes('row {n}'))")
+        rows.append(page.evaluate(SEEN))
+        for width, theme in ((1100, "Light"), (640, "Dark")) if n == 2 else ():
+            assert keep(page, ".ft-panel", f"data_truth_{width}_{theme.lower()}", width, f"JupyterLab {theme}", tmp_path).stat().st_size > 10_000
+    assert [[fate for fate, *_ in row] for row in rows] == [["masked", "supervised"], ["truncated", "masked", "supervised"], ["dropped"]]
+    assert sum(n for _, n, *_ in rows[1][1:]) == 24  # as many as a row may keep
+    looks = [(colour, pattern) for *_, colour, pattern in rows[1]]
+    assert len({colour for colour, _ in looks}) == 3 and len({pattern for _, pattern in (*looks, rows[2][0][2:])}) == 4, looks  # without colour too
+    check_rules(page)
+    assert page.locator(".ft-panel [role=alert]").count() == 0 and page.evaluate("window.hacked === undefined") and page.locator(".ft-panel img").count() == 0
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    page.close()
+
+
 MANY = """
 import tempfile, time
 from pathlib import Path

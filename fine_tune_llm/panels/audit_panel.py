@@ -136,8 +136,8 @@ AUDIT_CSS = PANEL_CSS + """
 @container (max-width:760px){.ft-audit .look.look .gaps .rate{display:none}.ft-audit .look.look .gaps :is(td,th){padding-right:8px}
  .ft-audit .look.look .gaps .ax{padding-right:20px}.ft-audit .look.look .slices :is(td,th):not(.num){white-space:normal;padding-right:10px}
  .ft-audit .look.look .gaps :is(tbody th,.said){white-space:normal}.ft-audit .look.look .gaps tbody th[scope=row]{min-width:100px;overflow-wrap:anywhere}
- .ft-audit .look.look td .chip{white-space:normal;height:auto;min-height:20px;line-height:1.2;padding:1px 8px;max-width:112px}
- .ft-audit .look.look td .chip.dashed:has(svg){min-width:106px}}
+ .ft-audit .look.look td .chip{white-space:normal;height:auto;min-height:20px;line-height:1.2;padding:1px 8px;max-width:122px}
+ .ft-audit .look.look td .chip.dashed:has(svg){min-width:116px}}
 @container (max-width:480px){.ft-audit .look.look .gaps .said{display:none}}
 @media print{.ft-audit :is(.ft-choices,.ft-review,.ft-out){display:none}}
 """
