@@ -15,4 +15,4 @@ docs:  ## README.md, the list of pages, and _docs/ (by Quarto where it is instal
 	python tools/docs.py
 
 pictures:  ## nbs/images/*.png, from the screenshots of the browser tests (needs Chromium, takes some minutes)
-	shots=$$(mktemp -d) && FTLLM_SCREENSHOTS=$$shots pytest -n 0 -q -m browser tests/test_panel_browser.py tests/test_panel_tutorials_browser.py && python tools/pictures.py $$shots && rm -r $$shots
+	shots=$$(mktemp -d) && FTLLM_SCREENSHOTS=$$shots pytest -n 0 -q -m browser tests/test_panel_tutorials_browser.py && python tools/pictures.py $$shots && rm -r $$shots

@@ -45,6 +45,6 @@ def test_a_large_screenshot_becomes_small(tmp_path):
 
 def test_a_missing_screenshot_changes_nothing(tmp_path, capsys):
     (tmp_path/"images").mkdir()
-    Image.new("RGB", (700, 20)).save(tmp_path/"panel_paused_1100.png")
+    Image.new("RGB", (700, 20)).save(tmp_path/"tutorial_training.png")
     assert pictures.main(tmp_path, tmp_path/"images") == 1 and not list((tmp_path/"images").iterdir())
     assert "tutorial_16_risk_panel.png" in capsys.readouterr().out

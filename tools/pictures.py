@@ -10,8 +10,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PICTURES = {  # of nbs/images -> the screenshot that it is made of
-    "panel": "panel_paused_1100",  # tests/test_panel_browser.py: a real training, steered
-    "data_panel": "tutorial_12_data_panel",  # tests/test_panel_tutorials_browser.py, for these and the rest
+    "panel": "tutorial_training",  # a real training, steered
+    "data_panel": "tutorial_12_data_panel",
     "calibration_panel": "tutorial_14_calibration_panel",
     "conformal_panel": "tutorial_15_conformal_panel",
     "risk_panel": "tutorial_16_risk_panel",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
-from ipywidgets import Button, Dropdown, FloatText
+from ipywidgets import Button, Dropdown, FloatText, HBox
 from numpy.typing import ArrayLike
 from scipy.stats import t as student
 from traitlets import Float
@@ -186,12 +186,13 @@ class RiskPanel(FigurePanel):
         self.cost, self.set = FloatText(description="Cost", value=1.0, step=None), Button(description="Set cost", tooltip="Price this mistake")
         for widget, name in ((self.true, "true"), (self.answer, "answer"), (self.cost, "cost"), (self.set, "set")): widget.add_class(f"ft-{name}")
         self.set.on_click(guard(self, lambda _: self.set_cost(self.true.value, self.answer.value, self.cost.value)))
+        pricing = HBox([self.true, self.answer, self.cost, self.set])  # they stay together where the row breaks
+        pricing.add_class("ft-controls")
         self.set_trait("abstain_cost", abstain_cost)
         self.set_trait("max_risk", max_risk)
         top = self.top()
         super().__init__({"abstain_cost": NumberSlider("A person costs", abstain_cost, min=0, max=top, step=tick_step(top, 100)),
-                          "max_risk": NumberSlider("Risk at most", max_risk, min=0.005, max=0.5, step=0.005)},
-                         (self.true, self.answer, self.cost, self.set))
+                          "max_risk": NumberSlider("Risk at most", max_risk, min=0.005, max=0.5, step=0.005)}, (pricing,))
 
     def top(self) -> float:  # a price that nobody would refuse to pay, rounded up
         "Find how dear the dearest best answer is expected to be."
