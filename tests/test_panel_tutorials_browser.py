@@ -18,7 +18,7 @@ from fine_tune_llm.training.launch import launch
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM or bool(MISSING), reason="needs " + " and ".join(MISSING or ["a chromium"]))]
 
 TUTORIALS = Path(__file__).parents[1] / "nbs" / "tutorials"
-PICTURE = "Page(panel.picture())"
+PICTURE = re.compile(r"^Page\(panel\.picture\(\).*\Z", re.M)
 DESKS = {"12_data_panel": 4, "14_calibration_panel": 2, "15_conformal_panel": 4, "16_risk_panel": 6, "17_audit_panel": 15}  # visible controls
 
 
@@ -28,10 +28,10 @@ def words(text: str) -> str: return " ".join(html.unescape(re.sub("<[^>]*>", " "
 def live(name: str):
     "Give a tutorial up to its first picture, with the panel in its place, and the title that the picture had."
     nb = nbformat.read(TUTORIALS / f"{name}.ipynb", 4)
-    at = next(i for i, c in enumerate(nb.cells) if c.source.rstrip().endswith(PICTURE))
+    at = next(i for i, c in enumerate(nb.cells) if PICTURE.search(c.source))
     still = next(o.data["text/html"] for o in nb.cells[at].outputs if "text/html" in o.get("data", {}))
     nb.cells = nb.cells[:at + 1]
-    nb.cells[at].source = nb.cells[at].source.rstrip().removesuffix(PICTURE) + "panel"
+    nb.cells[at].source = PICTURE.sub("panel", nb.cells[at].source)
     return nb, words(re.search("<h3[^>]*>(.*?)</h3>", still, re.S)[1])
 
 

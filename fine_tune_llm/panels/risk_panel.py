@@ -111,10 +111,11 @@ def cost_curve(table: DecisionTable,  # of the test rows
     top = ceiling([e.high for e in es] + [1.1 * c])  # room for the words above the line
     p = Plot("Cost of a row against threshold", f"From {num(values[0], 2)} to {num(values[-1], 2)}; a person costs {num(c, 2)}.", (0, 1), (0, top), left=44).yaxis(decimals(top), 4)
     p.band(at, [e.low for e in es], [e.high for e in es], "wash blue").line(at, values, "blue")
+    if i is not None: p.seg(float(GRID[i]), 0, float(GRID[i]), top, "thin axis")  # under all words
     p.seg(0, c, 1, c, "thin dash ink").text(1, c, f"a person {num(c, 2)}", "halo", -4, -6, "end")
     if i is not None:
         x, e = float(GRID[i]), es[len(es) - 1 - i]
-        p.seg(x, 0, x, top, "thin axis").dot(x, e.value, "blue", told(e, 2)).text(x, e.value, f"certified {num(x, 2)}: {num(e.value, 2)}", "c halo blue", -8 if x > 0.5 else 8, 40, "end" if x > 0.5 else "start")
+        p.dot(x, e.value, "blue", told(e, 2)).text(x, e.value, f"certified {num(x, 2)}: {num(e.value, 2)}", "c halo blue", -8 if x > 0.5 else 8, 40, "end" if x > 0.5 else "start")
     return p.xaxis("threshold on the probability of the answer")
 
 # %% ../../nbs/panels/650_risk_panel.ipynb #matrix
