@@ -55,7 +55,7 @@ def test_a_review_from_the_keyboard(lab, browser, tmp_path):  # noqa: F811
     address, folder = ready(), tmp_path / "letters"
     write_notebook(root / "audit.ipynb", folder)
     page = browser.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)
     open_and_run(page, address, token, "audit.ipynb")
     page.locator(".ft-audit .gaps svg[role=img]").first.wait_for(state="attached")
     assert "checks fail" in page.locator(".ft-audit h3").inner_text() and page.locator(".ft-audit [role=alert]").count() == 0
