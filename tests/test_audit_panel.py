@@ -86,9 +86,9 @@ def test_a_table_letter_by_letter():
     html = re.sub(r'<div class="cell.*?</div>', "", table_html([row("A", "x<", "pass", 0.01)], 0.05, "group"))
     assert html == (
         '<div class="wide-table" role="region" aria-label="Groups" tabindex="0"><table class="gaps"><thead><tr><th scope="col">group</th><th scope="col" class="num">n</th>'
-        '<th scope="col" class="num rate">rate</th><th class="ax"></th><th scope="col" class="said">gap, points [95 %]</th><th scope="col">verdict</th></tr></thead>'
+        '<th scope="col" class="num rate">rate</th><th class="ax"></th><th scope="col" class="said">gap, points [95&#160;%]</th><th scope="col">verdict</th></tr></thead>'
         '<tbody><tr class="top"><th colspan="6" scope="rowgroup">g <b>x&lt;</b></th></tr><tr class="line"><th scope="row"><b>A</b></th><td class="num">50</td>'
-        '<td class="num rate">0.500</td><td class="ax"></td><td class="said">+1.0 [\u22129.0, +11.0]</td><td class="mark"><span class="chip green">'
+        '<td class="num rate">0.500</td><td class="ax"></td><td class="said">+1.0 <span class="iv">[\u22129.0, +11.0]</span></td><td class="mark"><span class="chip green">'
         '<svg viewBox="0 0 12 12" aria-hidden="true"><path d="M2 6.5l3 3 5-7"/></svg><span>pass</span></span></td></tr></tbody></table></div>')
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
 from test_panel_browser import CHROMIUM, MISSING, browser, keep, lab, open_and_run, voila  # noqa: F401, the fixtures
 from test_panels_browser import check_rules
 
@@ -39,6 +40,11 @@ panel = AuditPanel(report, preds, slices=find_slices(preds, words=0), dossier=do
 """
 
 
+# What stands outside its panel or its table, and so would have to be moved to be read
+CUT = """() => [...document.querySelectorAll('.ft-audit')].flatMap(panel => [...panel.querySelectorAll('th, td, .chip, h3, h4, button, select')]
+    .filter(e => e.offsetParent && e.getBoundingClientRect().right > panel.getBoundingClientRect().right - 12 + 1).map(e => e.textContent))"""
+
+
 def write_notebook(path: Path, folder: Path) -> None:
     cells = [new_code_cell(f"FOLDER = {str(folder)!r}\n{AUDIT}"), new_code_cell("panel"), new_code_cell("print(panel.last_error)")]
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
@@ -49,7 +55,7 @@ def test_a_review_from_the_keyboard(lab, browser, tmp_path):  # noqa: F811
     address, folder = ready(), tmp_path / "letters"
     write_notebook(root / "audit.ipynb", folder)
     page = browser.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)
     open_and_run(page, address, token, "audit.ipynb")
     page.locator(".ft-audit .gaps svg[role=img]").first.wait_for(state="attached")
     assert "checks fail" in page.locator(".ft-audit h3").inner_text() and page.locator(".ft-audit [role=alert]").count() == 0
@@ -58,6 +64,8 @@ def test_a_review_from_the_keyboard(lab, browser, tmp_path):  # noqa: F811
     assert page.evaluate(unlabelled) == []
     check_rules(page)
     keep(page, ".ft-audit", "audit_light_1100", 1100, "JupyterLab Light", tmp_path, 3600)
+    keep(page, ".ft-audit", "audit_light_600", 600, "JupyterLab Light", tmp_path, 3600)
+    assert page.evaluate(CUT) == []
 
     def choose(steps: int) -> None:
         "Choose in the focused list: while it is closed, JupyterLab takes arrows and letters for its own."
@@ -116,6 +124,12 @@ def test_a_review_from_the_keyboard(lab, browser, tmp_path):  # noqa: F811
     page.close()
 
 
+def strips(picture: Path, height: int = 120) -> list[int]:
+    "Find the darkest pixel of each strip of a picture, 0 to 255."
+    image = Image.open(picture).convert("L")
+    return [image.crop((0, y, image.width, y + height)).getextrema()[0] for y in range(0, image.height - height, height)]
+
+
 def test_a_review_in_voila(voila, browser, tmp_path):  # noqa: F811
     (ready, root), folder = voila, tmp_path / "letters"
     write_notebook(root / "audit.ipynb", folder)
@@ -131,7 +145,14 @@ def test_a_review_in_voila(voila, browser, tmp_path):  # noqa: F811
     page.keyboard.press("Enter")
     page.wait_for_function("document.querySelector('.ft-audit [role=alert]')?.textContent.includes('are open')")
     check_rules(page)
-    if os.environ.get("FTLLM_SCREENSHOTS"): page.locator(".ft-audit").screenshot(path=str(Path(os.environ["FTLLM_SCREENSHOTS"]) / "audit_voila.png"))
+    page.keyboard.press("Shift+Tab")  # back to the top, as a reader goes there
+    page.locator(".ft-sort select").focus()
+    head = "(() => { const h = document.querySelector('.ft-audit h3').getBoundingClientRect(); return document.elementFromPoint(h.left + 5, h.top + 5)?.tagName })()"
+    page.wait_for_function(f"{head} === 'H3'")  # painted, and nothing over it
+    page.set_viewport_size({"width": 1100, "height": 3000})  # Voila scrolls a box of its own, and a picture holds what is in view
+    picture = Path(os.environ.get("FTLLM_SCREENSHOTS") or tmp_path) / "audit_voila.png"
+    page.locator(".ft-audit").screenshot(path=str(picture))
+    for strip in strips(picture): assert strip < 255, "a strip of the picture is blank"
     assert page.evaluate("window.hacked === undefined") and page.locator(".ft-audit img").count() == 0
     assert Dossier.attach(folder).verify().altered == ()
     page.close()

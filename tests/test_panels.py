@@ -8,7 +8,18 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pandas as pd
 import pytest
-from ipywidgets import HTML, Button, Checkbox, Dropdown, FloatSlider, FloatText, IntText, Text, Textarea
+from ipywidgets import (
+    HTML,
+    BoundedFloatText,
+    Button,
+    Checkbox,
+    Dropdown,
+    FloatSlider,
+    FloatText,
+    IntText,
+    Text,
+    Textarea,
+)
 from ipywidgets.widgets import widget as widgets
 
 from fine_tune_llm.audit.report import audit
@@ -24,6 +35,7 @@ from fine_tune_llm.panels.conformal_panel import ConformalPanel
 from fine_tune_llm.panels.curves import Mark
 from fine_tune_llm.panels.data_panel import DataPanel, class_bars
 from fine_tune_llm.panels.figure_panel import held
+from fine_tune_llm.panels.number_slider import NumberSlider
 from fine_tune_llm.panels.risk_panel import RiskPanel, cost_table
 from fine_tune_llm.panels.start_panel import StartPanel
 from fine_tune_llm.panels.training import LINE, TrainingPanel, neighbours
@@ -84,13 +96,14 @@ def shown(panel) -> list[str]: return [w.value for w in held(panel) if isinstanc
 
 # Every control
 
-CONTROLS = Button, Checkbox, Dropdown, FloatSlider, FloatText, IntText, Text, Textarea
+CONTROLS = BoundedFloatText, Button, Checkbox, Dropdown, FloatText, IntText, Text, Textarea
 
 def test_every_control_has_words(panel):
     found = [w for w in held(panel) if isinstance(w, CONTROLS)]
     assert found and all(w.description.strip() for w in found)
     assert all(w.tooltip for w in found if isinstance(w, Button)) or panel.kind == "audit"  # there the word says it all
     assert len({w.description for w in found}) == len(found)
+    assert [w for w in held(panel) if isinstance(w, FloatSlider)] == [w.slider for w in held(panel) if isinstance(w, NumberSlider)]  # a bare one has no name
 
 
 MOVES = {  # trait -> what the browser sends, and what the trait and the title or note must then say
@@ -106,12 +119,16 @@ MOVES = {  # trait -> what the browser sends, and what the trait and the title o
 def test_a_move_in_the_browser_is_a_trait_and_a_new_figure(kind, trait, world, tmp_path):
     panel, (state, value) = OPEN[kind](world, tmp_path), MOVES[kind, trait]
     before = shown(panel)
-    message(panel.controls[trait], **state)
+    control = panel.controls[trait]
+    message(getattr(control, "slider", control), **state)
     assert getattr(panel, trait) == value and panel.last_error is None and not panel.alert.value
     assert shown(panel) != before
     other = next(v for v in (panel.controls[trait].options if isinstance(panel.controls[trait], Dropdown) else [0.3, "other"]) if type(v) is type(value) or isinstance(v, tuple))
     setattr(panel, trait, other[1] if isinstance(other, tuple) else other)  # and back again from a cell
-    assert panel.controls[trait].value == getattr(panel, trait)
+    assert control.value == getattr(panel, trait)
+    if isinstance(control, NumberSlider):  # typed or stepped instead of dragged
+        message(control.box, **state)
+        assert getattr(panel, trait) == value == control.slider.value and panel.last_error is None
     panel.close()
 
 

@@ -54,12 +54,26 @@ class Seat:
         "Wait for another title."
         self.page.wait_for_function("([i, b]) => { const h = document.querySelectorAll('.ft-panel')[i]?.querySelector('h3'); return h && h.innerText !== b }", arg=[self.i, before])
         return self.title()
+    def changed_by(self, act) -> str:
+        "Do something, and wait until the title is another."
+        before = self.title()
+        act()
+        return self.changed(before)
     def press(self, what: str, *keys: str) -> str:
         "Focus a control, press keys, and wait until the title is another."
-        before, control = self.title(), self.panel.locator(what).first
-        control.focus()
-        for key in keys: self.page.keyboard.press(key)
-        return self.changed(before)
+        def act():
+            self.panel.locator(what).first.focus()
+            for key in keys: self.page.keyboard.press(key)
+        return self.changed_by(act)
+    def drag(self, what: str, share: float) -> None:
+        "Take the knob of a slider with the pointer, and let it go at a share of the way."
+        self.panel.locator(f"{what} .noUi-touch-area").scroll_into_view_if_needed()
+        knob, way = (self.panel.locator(f"{what} .{part}").bounding_box() for part in ("noUi-touch-area", "noUi-base"))
+        y = knob["y"] + knob["height"] / 2
+        self.page.mouse.move(knob["x"] + knob["width"] / 2, y)
+        self.page.mouse.down()
+        self.page.mouse.move(way["x"] + way["width"] * share, y)
+        self.page.mouse.up()
 
 
 def work(page) -> None:
@@ -77,15 +91,16 @@ def work(page) -> None:
     assert "ECE" in first and first != calibration.press(".ft-group select", *below)
 
     assert "target\u00a00.900" in conformal.title()
-    assert "target\u00a00.890" in conformal.press(".ft-alpha .noUi-handle", "ArrowRight")
-    assert "target\u00a00.900" in conformal.press(".ft-alpha .noUi-handle", "ArrowLeft")
+    assert "target\u00a00.890" in conformal.press(".ft-alpha input", "ArrowUp")
+    assert "target\u00a00.750" in conformal.press(".ft-alpha input", "Control+a", *"0.25", "Enter")  # typed
+    assert "target\u00a00.900" in conformal.changed_by(lambda: conformal.drag(".ft-alpha", (0.1 - 0.01) / 0.49))
     conformal.panel.locator(".ft-text input").focus()
     page.keyboard.type("where is my bill")
     page.keyboard.press("Enter")
     page.wait_for_function("document.querySelectorAll('.ft-panel')[2].innerText.includes('Set at \u03b1 = 0.10: bill')")
 
     assert "% of test rows are answered" in risk.title()
-    assert "certified 0.205" in risk.press(".ft-max-risk .noUi-handle", "ArrowRight")
+    assert "certified 0.205" in risk.press(".ft-max-risk input", "ArrowUp")
     assert start.panel.locator("button.ft-start").is_disabled()
     start.panel.locator(".ft-path input").focus()
     page.keyboard.type("nowhere.csv")
@@ -104,6 +119,13 @@ def describe(page) -> None:
         .filter(e => e.offsetParent && !(e.labels?.length || e.getAttribute('aria-label') || e.innerText.trim() || e.title)).map(e => e.outerHTML.slice(0, 120))""")
     assert not bare, bare
     assert page.locator(".ft-panel details table").count() >= 4
+    assert {"\u03b1", "A person costs", "Risk at most"} <= said(page, "spinbutton") and not said(page, "slider")
+
+
+def said(page, role: str) -> set[str]:
+    "Collect the names of what a screen reader finds in a role; the handle of a slider of ipywidgets has none."
+    found = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
+    return {n.get("name", {}).get("value", "") for n in found if not n["ignored"] and n["role"]["value"] == role}
 
 
 def check_rules(page) -> None:
@@ -112,8 +134,7 @@ def check_rules(page) -> None:
     from axe_playwright_python.sync_playwright import Axe
     found = Axe().run(page, context=".ft-panel", options={"runOnly": ["wcag2a", "wcag2aa"]}).response["violations"]
     serious = {(v["id"], n["html"][:200]) for v in found if v["impact"] in ("serious", "critical") for n in v["nodes"]}
-    upstream = {(rule, html) for rule, html in serious if rule == "aria-input-field-name" and "noUi-handle" in html}  # ipywidgets names no handle
-    assert not serious - upstream and len(upstream) <= page.locator(".ft-panel .noUi-handle").count(), serious
+    assert not serious, serious
 
 
 def test_panels_in_lab(lab, browser, tmp_path):  # noqa: F811
@@ -131,6 +152,51 @@ def test_panels_in_lab(lab, browser, tmp_path):  # noqa: F811
             assert keep(page, f":nth-match(.ft-panel, {i + 1})", f"{name}_{width}_{theme.lower()}", width, f"JupyterLab {theme}", tmp_path).stat().st_size > 10_000
     check_rules(page)  # in the dark too
     assert page.evaluate("() => [...document.querySelectorAll('.ft-panel')].every(p => p.scrollWidth <= p.clientWidth + 1)")  # all of it fits
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    page.close()
+
+
+TRUTH = """
+from fine_tune_llm.data.report import check_data
+from fine_tune_llm.data.truth import data_truth
+from fine_tune_llm.models.loading import load_model
+from fine_tune_llm.panels.data_panel import DataPanel
+
+EVIL = "<img src=x onerror=window.hacked=1>"
+rows = [dict(prompt="Name a module.", completion=" numpy"), dict(prompt="Of all that one could import, and there is much, name one module " * 2, completion=" os"),
+        dict(prompt=f"Say {EVIL}", completion=" what a whole library of modules could be for, and then some more of it, until nobody reads any further")]
+truth = data_truth(rows, load_model("pocket", device="cpu").tokenizer, "completion", max_length=24, cut="prompt-left", on_cut="drop")
+panel = DataPanel(check_data([dict(text=f"row {i} {w}", label=w) for i, w in enumerate("ab" * 20)], text="text", label="label"), truth)
+"""
+SEEN = """() => [...document.querySelectorAll('.ft-live [role=group]')].map(g => {
+    const look = getComputedStyle(g.firstChild)
+    return [g.getAttribute('aria-label'), g.querySelectorAll('span').length, look.color, (look.borderBottomColor.endsWith(', 0)') ? 'bare' : look.borderBottomStyle) + ' ' + look.textDecorationLine]
+})"""
+
+
+def test_a_row_as_the_model_sees_it(lab, browser, tmp_path):  # noqa: F811
+    "What is learned, masked, cut off or dropped is told apart by name, by colour and by pattern, row by row, from the keyboard."
+    ready, token, root = lab
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(new_notebook(cells=[new_code_cell(TRUTH), new_code_cell("panel")], metadata=kernel), root / "truth.ipynb")
+    page = browser.new_page()
+    page.set_default_timeout(120_000)  # the kernel imports a tokenizer, and torch with it
+    open_and_run(page, ready(), token, "truth.ipynb")
+    page.wait_for_function("document.querySelectorAll('.ft-live [role=group]').length > 1")
+    rows = [page.evaluate(SEEN)]
+    for n in (2, 3):
+        page.locator(".ft-place input").focus()
+        for key in ("Control+a", str(n), "Enter"): page.keyboard.press(key)
+        page.wait_for_function(f"[...document.querySelectorAll('.ft-live h3')].some(h => h.textContent.includes('row {n}'))")
+        rows.append(page.evaluate(SEEN))
+        for width, theme in ((1100, "Light"), (640, "Dark")) if n == 2 else ():
+            assert keep(page, ".ft-panel", f"data_truth_{width}_{theme.lower()}", width, f"JupyterLab {theme}", tmp_path).stat().st_size > 10_000
+    assert [[fate for fate, *_ in row] for row in rows] == [["masked", "supervised"], ["truncated", "masked", "supervised"], ["dropped"]]
+    assert sum(n for _, n, *_ in rows[1][1:]) == 24  # as many as a row may keep
+    looks = [(colour, pattern) for *_, colour, pattern in rows[1]]
+    assert len({colour for colour, _ in looks}) == 3 and len({pattern for _, pattern in (*looks, rows[2][0][2:])}) == 4, looks  # without colour too
+    check_rules(page)
+    assert page.locator(".ft-panel [role=alert]").count() == 0 and page.evaluate("window.hacked === undefined") and page.locator(".ft-panel img").count() == 0
     page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
     page.close()
 

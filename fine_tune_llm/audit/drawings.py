@@ -119,18 +119,23 @@ def coverage_plot(rows: Sequence[Coverage],  # all rows first, then groups
     lowest = sorted(rows[1:], key=lambda r: r.measured.value - r.low)[:most - 1]
     rows, head = [rows[0], *(r for r in rows[1:]
                              if r in lowest)], "Coverage" + f", {most - 1} lowest groups" * (len(rows) > most)
-    left = floor(20 * min(min(r.measured.value, r.low) for r in rows) - .5) / 20
-    p = Plot(head, "; ".join(f"{r.name} {num(r.measured.value)}, law {num(r.low)} to {num(r.high)}" for r in rows),
+    known = [(r.low, r.high) != (0, 1) for r in rows]  # else no law is: the interval of what was measured has to do
+    ends = [(r.low, r.high) if k else (r.measured.low, r.measured.high) for r, k in zip(rows, known)]
+    left = floor(20 * min(min(r.measured.value, low) for r, (low, _) in zip(rows, ends)) - .5) / 20
+    said = [f"{'law' if k else 'interval'} {num(low)} to {num(high)}" for k, (low, high) in zip(known, ends)]
+    p = Plot(head, "; ".join(f"{r.name} {num(r.measured.value)}, {s}" for r, s in zip(rows, said)),
              (left, 1), (0, len(rows)), 44 * len(rows), 112)
     for i, r in enumerate(rows):
-        y, bad = len(rows) - .5 - i, r.measured.value < r.low
+        y = len(rows) - .5 - i
         p.text(left, y, cut(r.name, 16), "", -112, -2)
         p.text(left, y, f"{cut(r.column, 10)} n {num(r.measured.n, 0)}".strip(), "dim", -112, 13)
-        p.band([r.low, r.high], [y - .3] * 2, [y + .3] * 2, "null")
-        p.dot(r.measured.value, y, "verm square" if bad else "blue", f"{r.name}: {num(r.measured.value)}")
-        p.text(r.measured.value, y, num(r.measured.value), f"c halo {'verm' if bad else 'blue'}", 10)
-    return p.seg(target, 0, target, len(rows), "thin dash ink").xaxis("dashed: target; grey: exact law, 95 %",
-                                                                      decimals(1 - left))
+        if known[i]: p.band([r.low, r.high], [y - .3] * 2, [y + .3] * 2, "null")
+    p.seg(target, 0, target, len(rows), "thin dash ink")
+    for i, r in enumerate(rows):  # over the target line, so that it strikes out no number
+        y, bad = len(rows) - .5 - i, r.measured.value < r.low
+        p.dot(r.measured.value, y, "verm square" if bad else "blue", f"{r.name}: {num(r.measured.value)}", () if known[i] else ends[i])
+        p.text(r.measured.value, y, num(r.measured.value), f"c halo {'verm' if bad else 'blue'}", 10, 4 if known[i] else -8)
+    return p.xaxis(f"dashed: target; {'grey: exact law' if any(known) else 'line: interval'}, 95 %", decimals(1 - left))
 
 # %% ../../nbs/audit/230_drawings.ipynb #sizes-plot
 def sizes_plot(counts: Sequence[int],  # rows whose set has 0, 1, 2... labels

@@ -7,7 +7,7 @@ __all__ = ['Effect', 'effect', 'need', 'effect_frame', 'draw_effect', 'method_na
 
 # %% ../../nbs/panels/630_calibration_panel.ipynb #imports
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 from typing import Any
 
@@ -34,7 +34,10 @@ class Effect:
     ece: Estimate  # after minus before
     nll: Estimate  # after minus before, nats per row
 
-def effect(before: Predictions, after: Predictions, bins: int = 10) -> Effect:
+def effect(before: Predictions,  # rows with true classes
+           after: Predictions,  # the same rows, calibrated
+           bins: int = 10,  # of equal numbers of rows
+          ) -> Effect:
     "Compare a model before and after calibration on the same rows."
     if len(before) < 20: raise TooFewRowsError(len(before), 20, "a reliability diagram")
     y = before.require_y("a reliability diagram")
@@ -43,7 +46,8 @@ def effect(before: Predictions, after: Predictions, bins: int = 10) -> Effect:
     return Effect((parts[0], parts[1]), gaps["ECE"], gaps["NLL"])
 
 # %% ../../nbs/panels/630_calibration_panel.ipynb #need
-def need(fitted: TemperatureScaling) -> str:
+def need(fitted: TemperatureScaling,  # on validation rows
+        ) -> str:
     "Say whether calibration was needed, by the rows it was fitted on."
     word = "needed" if fitted.needed_ else "not shown to be needed"
     return f"Calibration is {word}: temperature {num(fitted.temperature_, 2)}, p {'< 0.001' if fitted.p_value_ < 0.001 else '= ' + num(fitted.p_value_)} for T = 1."
@@ -57,17 +61,18 @@ def effect_frame(e: Effect) -> Any:  # pandas DataFrame
     return pd.DataFrame(rows, columns=["scores", "what", "confidence", "value", "low", "high", "n"])
 
 # %% ../../nbs/panels/630_calibration_panel.ipynb #draw
-def draw_effect(e: Effect,
+def draw_effect(e: Effect,  # before and after
                 method: str,  # name of the calibrator
                 needed: str = "",  # whether it was, in words
                 rows: str = "",  # which rows, in words
                ) -> Drawn:
     "Draw a model before and after calibration."
     low = max(0.0, floor(10 * min(min(r.confidence + tuple(a.low for a in r.accuracy)) for r in e.parts)) / 10)
-    plots = "".join(reliability_plot(r, low) for r in e.parts) + ece_plot(e.parts).svg()
+    heads = [replace(r, name=r.name.capitalize()) for r in e.parts]
+    plots = "".join(reliability_plot(r, low) for r in heads) + ece_plot(heads).svg()
     change = f"ECE {ci(e.ece.value, e.ece.low, e.ece.high, 3, True)}, NLL {ci(e.nll.value, e.nll.low, e.nll.high, 3, True)} nats per row"
     note = (f"{method} on {num(e.nll.n, 0)} test rows{f' ({rows})' if rows else ''}. After minus before: {change}. {needed} "
-            "Bars: Wilson 95 %. Null: the 95 % bound for a perfectly calibrated model of the same size.")
+            "Bars: Wilson 95\u00a0%. Null: the 95\u00a0% bound for a perfectly calibrated model of the same size.")
     return Drawn(whole(reliability_title(e.parts)), note, f'<div class="cells">{plots}</div>', effect_frame(e))
 
 # %% ../../nbs/panels/630_calibration_panel.ipynb #names
@@ -85,7 +90,8 @@ class CalibrationPanel(FigurePanel):
 
     def __init__(self, validation: Predictions,  # rows that fit the calibrators
                  test: Predictions,  # rows that show what they do
-                 method: str = "TemperatureScaling", group: str = "",
+                 method: str = "TemperatureScaling",  # name of a calibrator, one of the menu
+                 group: str = "",  # "column = value", "" for all rows
                  candidates: Sequence[Any] | None = None):  # calibrators, fitted or not; None for all of ours
         self.validation, self.test, self.fitted, self.kept = validation, test, {}, {}  # type: ignore[var-annotated]
         self.candidates = method_names(calibrators() if candidates is None else candidates)
@@ -103,6 +109,7 @@ class CalibrationPanel(FigurePanel):
         return self.fitted[self.method]
 
     def draw(self) -> Drawn:
+        "Draw the present method on the present rows."
         key = self.method, self.group
         if key not in self.kept:
             if overlap := set(self.validation.ids.tolist()) & set(self.test.ids.tolist()):
@@ -113,7 +120,7 @@ class CalibrationPanel(FigurePanel):
         return self.kept[key]
 
 # %% ../../nbs/panels/630_calibration_panel.ipynb #chosen
-def chosen_rows(preds: Predictions,
+def chosen_rows(preds: Predictions,  # rows with group columns
                 group: str,  # "column = value", "" for all
                ) -> Predictions:
     "Keep the rows of one group."

@@ -13,7 +13,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
-from ipywidgets import HTML, Dropdown, FloatSlider, Text
+from ipywidgets import HTML, Dropdown, Text
 from traitlets import Float, Unicode, validate
 
 from ..audit.drawings import coverage_plot, cut, sizes_plot, whole
@@ -22,6 +22,7 @@ from ..audit.groupings import group_codes
 from ..core.errors import ConfigurationError
 from ..core.figures import Plot, cells, num
 from .figure_panel import Drawn, FigurePanel
+from .number_slider import NumberSlider
 from .panel import guard
 from ..uncertainty.conformal import ConformalClassifier
 from ..uncertainty.metrics import rate
@@ -40,14 +41,16 @@ class SetGrid:
     hits: np.ndarray  # of these, rows whose set holds the truth, shape [A, G]
     sizes: np.ndarray  # sets of 0, 1, ... K classes, shape [A, K + 1]
     laws: np.ndarray  # 95 % interval of the coverage that each should show, (0, 1) where none is known, shape [A, G, 2]
-    n_calibration: int
+    n_calibration: int  # rows that set the thresholds
     words: tuple[str, ...]  # the promise of each rate
     column: str = ""  # of the groups
 
-    def at(self, alpha: float) -> int: return int(np.abs(self.alphas - alpha).argmin())
+    def at(self, alpha: float) -> int:  # place among the rates, from 0
+        "Find the rate nearest to one."
+        return int(np.abs(self.alphas - alpha).argmin())
 
 # %% ../../nbs/panels/640_conformal_panel.ipynb #codes
-def rows_by(preds: Predictions,
+def rows_by(preds: Predictions,  # rows with group columns
             column: str,  # name of a group column, "" for none
            ) -> tuple[list[str], np.ndarray]:  # (names of the groups, group of each row [n])
     "Number the groups of a column."
@@ -78,7 +81,7 @@ def set_grid(classifier: ConformalClassifier,  # fitted
                    sets.n_calibration, tuple(words), column)
 
 # %% ../../nbs/panels/640_conformal_panel.ipynb #curve
-def rate_curve(grid: SetGrid,
+def rate_curve(grid: SetGrid,  # every rate at once
                i: int,  # the rate that is looked at
               ) -> Plot:
     "Draw coverage against the error rate."
@@ -94,12 +97,16 @@ def rate_curve(grid: SetGrid,
     return p.text(a, c, num(c), "c halo blue", side[1], -10, side[0]).xaxis("\u03b1, dashed: 1 \u2212 \u03b1; grey: exact law, 95 %")
 
 # %% ../../nbs/panels/640_conformal_panel.ipynb #rows
-def coverage_of(grid: SetGrid, i: int) -> list[Coverage]:  # all rows first, then the groups that have any
+def coverage_of(grid: SetGrid,  # every rate at once
+                i: int,  # the rate that is looked at
+               ) -> list[Coverage]:  # all rows first, then the groups that have any
     "Set the coverage of each group against its law."
     return [Coverage(name, rate(int(h), int(m)), float(low), float(high), grid.column if j else "")
             for j, (name, h, m, (low, high)) in enumerate(zip(grid.names, grid.hits[i], grid.rows, grid.laws[i])) if m]
 
-def grid_title(rows: Sequence[Coverage], alpha: float) -> str:
+def grid_title(rows: Sequence[Coverage],  # of `coverage_of`
+               alpha: float,  # error rate that was promised
+              ) -> str:
     "Say whether coverage holds, and for whom it does not."
     first, *groups = rows
     low, target = [r for r in groups if r.measured.value < r.low], num(1 - alpha)
@@ -110,7 +117,7 @@ def grid_title(rows: Sequence[Coverage], alpha: float) -> str:
     return whole(verdict + (f", but not for {', '.join(f'{cut(r.name)} {told(r.measured)}' for r in low[:2])}" if low else ""))
 
 # %% ../../nbs/panels/640_conformal_panel.ipynb #grid-drawn
-def draw_grid(grid: SetGrid,
+def draw_grid(grid: SetGrid,  # every rate at once
               alpha: float,  # error rate; the nearest of the grid is shown
               score: str = "",  # its name, for the note
              ) -> Drawn:
@@ -132,13 +139,16 @@ class ConformalPanel(FigurePanel):
 
     def __init__(self, calibration: Predictions,  # rows that set the thresholds
                  test: Predictions,  # rows that show what the sets do
-                 alpha: float = 0.1, score: str = "lac", guarantee: str = "marginal", group: str = "",
+                 alpha: float = 0.1,  # error rate, 0.01 to 0.5
+                 score: str = "lac",  # how strange a class is; one of the menu
+                 guarantee: str = "marginal",  # for whom the promise holds; one of the menu
+                 group: str = "",  # column whose groups are shown, "" for none
                  answer: Callable[[str], Any] | None = None):  # from a text to its K probabilities
         self.calibration, self.test, self.answer, self.grids = calibration, test, answer, {}  # type: ignore[var-annotated]
         columns = [] if test.groups is None else [str(c) for c in test.groups.columns]
         self.set_line = HTML()
         self.set_line.add_class("ft-status")
-        controls = {"alpha": FloatSlider(description="\u03b1", min=0.01, max=0.5, step=0.01, value=alpha),
+        controls = {"alpha": NumberSlider("\u03b1", alpha, min=0.01, max=0.5, step=0.01),
                     "score": Dropdown(description="Score", options=["lac", "aps", "raps", "saps", "topk", "margin", "entmax"], value=score),
                     "guarantee": Dropdown(description="Guarantee", options=["marginal", "pac", "class", "group"], value=guarantee),
                     "group": Dropdown(description="Groups", options=[("none", ""), *((c, c) for c in columns)], value=group)}
@@ -165,7 +175,9 @@ class ConformalPanel(FigurePanel):
             self.grids[key] = fitted, set_grid(fitted, self.test, self.group)
         return self.grids[key]
 
-    def draw(self) -> Drawn: return draw_grid(self.kept()[1], self.alpha, self.score)
+    def draw(self) -> Drawn:
+        "Draw the sets of the present choices."
+        return draw_grid(self.kept()[1], self.alpha, self.score)
 
 # %% ../../nbs/panels/640_conformal_panel.ipynb #typed
 def typed_set(panel: Any,  # a ConformalPanel

@@ -42,7 +42,7 @@ def class_bars(labels: Mapping[str, int],  # rows per class
     return p
 
 # %% ../../nbs/panels/625_data_panel.ipynb #draw
-def merge_table(proposals: Sequence[dict[str, str]],
+def merge_table(proposals: Sequence[dict[str, str]],  # of `merge_proposals`
                 accepted: dict[str, str],  # spelling -> the one that takes its place
                ) -> str:  # HTML
     "List the proposals and what became of them."
@@ -52,10 +52,10 @@ def merge_table(proposals: Sequence[dict[str, str]],
         return [chip("applied" if set(p) <= set(accepted) else "requested"), escape(told_apart(names)), escape(shown(names[0]))]
     return "<br/>" + grid(("merge", "spellings", "becomes"), map(line, proposals))
 
-def draw_data(report: DataReport,
+def draw_data(report: DataReport,  # from `check_data`
               severity: str = "all",  # "all", or one of SEVERITIES
               accepted: dict[str, str] | None = None,  # accepted merges
-              truth: DataTruth | None = None,
+              truth: DataTruth | None = None,  # from `data_truth`, to look at rows
               place: int = 0,  # number of a row in its file, 0 for none
              ) -> Drawn:
     "Draw a report, its merges, and one row of what is trained on."
@@ -93,7 +93,7 @@ class DataPanel(FigurePanel):
         if not self.proposals: close_all((self.merge, self.accept, self.undo))
 
     def decide(self, proposal: int,  # its number, from 0
-               accept: bool = True) -> None:
+               accept: bool = True) -> None:  # False takes it back
         "Accept a merge, or take it back."
         if not 0 <= proposal < len(self.proposals): raise DataError(f"no merge {proposal}", fix=f"there are {len(self.proposals)}")
         for name, becomes in self.proposals[proposal].items():
@@ -101,4 +101,6 @@ class DataPanel(FigurePanel):
             else: self.merges.pop(name, None)
         self.redraw()
 
-    def draw(self) -> Drawn: return draw_data(self.report, self.severity, self.merges, self.truth, self.place)
+    def draw(self) -> Drawn:
+        "Draw the report, the merges, and the row that is looked at."
+        return draw_data(self.report, self.severity, self.merges, self.truth, self.place)

@@ -35,6 +35,7 @@ PANEL_CSS = CSS + """
 .ft-panel .widget-label{width:auto;min-width:0;margin-right:8px}.ft-panel .widget-readout{min-width:44px}
 .ft-panel .widget-slider{width:300px}.ft-panel .widget-dropdown{max-width:340px}.ft-panel .widget-dropdown select,.ft-panel .widget-text input{height:32px}
 .ft-panel .noUi-handle:focus-visible,.ft-panel select:focus-visible,.ft-panel input:focus-visible{outline:2px solid #0072b2;outline-offset:1px}
+.ft-panel select{appearance:auto;background-image:none}[data-jp-theme-light="false"] .ft-panel :is(select,input,textarea){color-scheme:dark}
 @media print{.ft-panel .ft-row{display:none}}
 """
 

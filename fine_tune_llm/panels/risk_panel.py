@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
-from ipywidgets import Button, Dropdown, FloatSlider, FloatText
+from ipywidgets import Button, Dropdown, FloatText, HBox
 from numpy.typing import ArrayLike
 from scipy.stats import t as student
 from traitlets import Float
@@ -23,6 +23,7 @@ from ..core.errors import ConfigurationError
 from ..core.figures import Plot, ceiling, num, tick_step
 from ..core.labels import Labels
 from .figure_panel import Drawn, FigurePanel
+from .number_slider import NumberSlider
 from .panel import guard
 from ..uncertainty.bounds import binomial_p
 from ..uncertainty.certificates import GRID, STARTS, loosest_passed
@@ -42,9 +43,11 @@ class DecisionTable:
     n: int  # rows in all
     always: tuple[float, float]  # sum of the costs if every row were answered, and of their squares
 
-    def price(self, value: float) -> int: return int(np.abs(self.prices - value).argmin())
+    def price(self, value: float) -> int:  # its place, from 0
+        "Find the price nearest to one."
+        return int(np.abs(self.prices - value).argmin())
 
-def decision_table(preds: Predictions,
+def decision_table(preds: Predictions,  # rows with true classes
                    costs: np.ndarray,  # cost of each answer (column) on each true class (row), shape [K, K]
                    prices: np.ndarray,  # costs of asking a person, rising, shape [J]
                   ) -> DecisionTable:
@@ -70,14 +73,18 @@ def certified_place(table: DecisionTable,  # of the calibration rows
     at = loosest_passed(binomial_p(table.wrong[j], table.rows[j], max_risk), delta, STARTS)
     return None if at == np.inf else int(np.flatnonzero(GRID == at)[0])
 
-def mean_of(total: float, square: float, n: int) -> Estimate:
+def mean_of(total: float,  # sum of the values
+            square: float,  # sum of their squares
+            n: int,  # how many there are, 2 or more
+           ) -> Estimate:
     "Estimate a mean from a sum and a sum of squares, with Student's interval."
     m = total / n
     half = student.isf(0.025, n - 1) * np.sqrt(max(0.0, square / n - m * m) / (n - 1))
     return Estimate(float(m), float(m - half), float(m + half), n, "mean cost", "Student t", 0.95)
 
 # %% ../../nbs/panels/650_risk_panel.ipynb #consequences
-def consequences(calibration: DecisionTable, test: DecisionTable,
+def consequences(calibration: DecisionTable,  # rows that certify a threshold
+                 test: DecisionTable,  # rows that show what it does
                  j: int,  # which price
                  max_risk: float,  # share of wrong answers to allow
                  delta: float = 0.05,  # probability that the promise may be broken
@@ -104,10 +111,11 @@ def cost_curve(table: DecisionTable,  # of the test rows
     top = ceiling([e.high for e in es] + [1.1 * c])  # room for the words above the line
     p = Plot("Cost of a row against threshold", f"From {num(values[0], 2)} to {num(values[-1], 2)}; a person costs {num(c, 2)}.", (0, 1), (0, top), left=44).yaxis(decimals(top), 4)
     p.band(at, [e.low for e in es], [e.high for e in es], "wash blue").line(at, values, "blue")
+    if i is not None: p.seg(float(GRID[i]), 0, float(GRID[i]), top, "thin axis")  # under all words
     p.seg(0, c, 1, c, "thin dash ink").text(1, c, f"a person {num(c, 2)}", "halo", -4, -6, "end")
     if i is not None:
         x, e = float(GRID[i]), es[len(es) - 1 - i]
-        p.seg(x, 0, x, top, "thin axis").dot(x, e.value, "blue", told(e, 2)).text(x, e.value, f"certified {num(x, 2)}: {num(e.value, 2)}", "c halo blue", -8 if x > 0.5 else 8, 40, "end" if x > 0.5 else "start")
+        p.dot(x, e.value, "blue", told(e, 2)).text(x, e.value, f"certified {num(x, 2)}: {num(e.value, 2)}", "c halo blue", -8 if x > 0.5 else 8, 40, "end" if x > 0.5 else "start")
     return p.xaxis("threshold on the probability of the answer")
 
 # %% ../../nbs/panels/650_risk_panel.ipynb #matrix
@@ -126,14 +134,18 @@ def cost_table(costs: np.ndarray,  # shape [K, K]
     return f"{head}<table><tr><th>true</th><th>answer</th><th>cost</th></tr>{rows}</table><p>Any other mistake costs 1{more}.</p></div>"
 
 # %% ../../nbs/panels/650_risk_panel.ipynb #policy-drawn
-def policy_title(d: Decided) -> str:
+def policy_title(d: Decided,  # what happened on the test rows
+                ) -> str:
     "State what the policy does on test rows."
     if d.risk is None: return f"No threshold can be certified for a risk of {num(d.limit, 3)}: every row goes to a person"
     side = "above" if d.risk.low > (d.limit or 0) else "below" if d.risk.high <= (d.limit or 0) else "not clearly below"
     saved = f"; abstaining {saving(d.saved)}" if d.saved else ""
     return f"{num(100 * d.answered.value, 1)} % of test rows are answered at risk {told(d.risk)}, {side} the certified {num(d.limit, 3)}{saved}"
 
-def draw_policy(calibration: DecisionTable, test: DecisionTable, costs: np.ndarray, names: Sequence[str],
+def draw_policy(calibration: DecisionTable,  # rows that certify a threshold
+                test: DecisionTable,  # rows that show what it does
+                costs: np.ndarray,  # of each answer (column) on each true class (row), shape [K, K]
+                names: Sequence[str],  # the K classes
                 price: float,  # of a person; the nearest of the tables is taken
                 max_risk: float,  # share of wrong answers to allow
                 delta: float = 0.05,  # probability that the promise may be broken
@@ -164,7 +176,9 @@ class RiskPanel(FigurePanel):
     def __init__(self, calibration: Predictions,  # rows that certify a threshold
                  test: Predictions,  # rows that show what it does
                  costs: ArrayLike | Labels | None = None,  # K rows (true class) of K costs (answer); None for the weights of the labels
-                 abstain_cost: float = 0.2, max_risk: float = 0.05, delta: float = 0.05):
+                 abstain_cost: float = 0.2,  # of asking a person, in the unit of the costs
+                 max_risk: float = 0.05,  # share of wrong answers to allow
+                 delta: float = 0.05):  # probability that the promise may be broken
         self.calibration, self.test, self.delta = calibration, test, delta
         self.tables: Sequence[DecisionTable] = ()
         self.costs = cost_array(test.labels if costs is None else costs, len(test.labels)).copy()
@@ -173,18 +187,21 @@ class RiskPanel(FigurePanel):
         self.cost, self.set = FloatText(description="Cost", value=1.0, step=None), Button(description="Set cost", tooltip="Price this mistake")
         for widget, name in ((self.true, "true"), (self.answer, "answer"), (self.cost, "cost"), (self.set, "set")): widget.add_class(f"ft-{name}")
         self.set.on_click(guard(self, lambda _: self.set_cost(self.true.value, self.answer.value, self.cost.value)))
+        pricing = HBox([self.true, self.answer, self.cost, self.set])  # they stay together where the row breaks
+        pricing.add_class("ft-controls")
         self.set_trait("abstain_cost", abstain_cost)
         self.set_trait("max_risk", max_risk)
         top = self.top()
-        super().__init__({"abstain_cost": FloatSlider(description="A person costs", min=0, max=top, step=tick_step(top, 100), value=abstain_cost, readout_format=".3g"),
-                          "max_risk": FloatSlider(description="Risk at most", min=0.005, max=0.5, step=0.005, value=max_risk, readout_format=".3f")},
-                         (self.true, self.answer, self.cost, self.set))
+        super().__init__({"abstain_cost": NumberSlider("A person costs", abstain_cost, min=0, max=top, step=tick_step(top, 100)),
+                          "max_risk": NumberSlider("Risk at most", max_risk, min=0.005, max=0.5, step=0.005)}, (pricing,))
 
     def top(self) -> float:  # a price that nobody would refuse to pay, rounded up
         "Find how dear the dearest best answer is expected to be."
         return ceiling([float(weigh(self.calibration, self.costs, None).cost.max()), self.abstain_cost, 1e-6])
 
-    def set_cost(self, true: str, answer: str, cost: float) -> None:
+    def set_cost(self, true: str,  # name of the class that it was
+                 answer: str,  # name of the class that was said
+                 cost: float) -> None:  # 0 or more
         "Price a mistake, and draw again."
         names = list(self.test.labels)
         if not np.isfinite(cost) or cost < 0: raise ConfigurationError(f"a mistake cannot cost {cost}", fix="give 0 or more")
@@ -194,6 +211,7 @@ class RiskPanel(FigurePanel):
         self.redraw()
 
     def draw(self) -> Drawn:
+        "Draw the policy of the present choices."
         if not self.tables or np.abs(self.tables[1].prices - self.abstain_cost).min() > 1e-9:
             self.calibration.refuse_overlap("a risk certificate")
             if overlap := set(self.calibration.ids.tolist()) & set(self.test.ids.tolist()):
