@@ -63,7 +63,9 @@ class Seat:
         "Focus a control, press keys, and wait until the title is another."
         def act():
             self.panel.locator(what).first.focus()
-            for key in keys: self.page.keyboard.press(key)
+            for key in keys:
+                self.page.keyboard.press(key)
+                if key == "Space": self.page.wait_for_function("!CSS.supports('selector(:open)') || document.activeElement.matches(':open')")  # a list opens in its own time
         return self.changed_by(act)
     def drag(self, what: str, share: float) -> None:
         "Take the knob of a slider with the pointer, and let it go at a share of the way."
