@@ -22,7 +22,8 @@ from ..core.runs import Run, Status, status
 from .curves import Curves, Trend, curves, trend
 from .figure_panel import Drawn, FigurePanel
 from .panel import guard
-from .training import MEASURES, thin, zoom
+from .traces import thin
+from .training import MEASURES, zoom
 
 # %% ../../nbs/panels/622_compare_runs.ipynb #line
 @dataclass(frozen=True)
