@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -23,14 +24,14 @@ from IPython.display import display
 from ipywidgets import HTML, HBox, VBox
 
 from ..core.alerts import Alert, calibration_drift, check_alerts, disk_full, divergence, low_coverage
-from ..core.figures import GLYPH, Plot, ceiling, chip, ci, figure, num, styled, table, tick_step, ticks
+from ..core.figures import GLYPH, Plot, ceiling, chip, ci, figure, num, styled, table, tick_step
 from ..core.runs import ENDS, Run, Status, duration, run_state, status
 from .controls import Controls
 from .curves import Course, Curves, Mark, Trend, curves, finding, marks, time_left, trend
 from .figure_panel import close_all, look, with_still
 from .happenings import happening_table, happenings
 from .panel import PANEL_CSS, Publisher, guard
-from .traces import Sketch, foot, grid, traced
+from .traces import Sketch, foot, grid, roof, traced
 
 # %% ../../nbs/panels/620_training.ipynb #strip
 LINE = {"applied": "thin purple", "refused": "thin purple dots", "requested": "thin purple dash"}
@@ -45,7 +46,7 @@ def strip(head: str,  # what is shown
           at: Sequence[float] | None = None,  # ticks, None to choose
          ) -> Plot:
     "Draw an empty strip with its scale and the commands that cross it."
-    plot = Plot(head, desc, (0, top), y, height, 48, 128, 28, bottom).add(grid(y, tuple(at or ticks(*y, n=4 if height > 100 else 2))))
+    plot = Plot(head, desc, (0, top), y, height, 48, 128, 28, bottom).add(grid(*y, tuple(at or ()), 4 if height > 100 else 2))
     for m in seen: plot.seg(m.step, y[0], m.step, y[1], LINE[m.word], 10 if head == "Loss" else 38)
     return plot
 
@@ -71,7 +72,7 @@ def loss_strip(data: Curves,  # of the run
     last = data.average[-1] if data.average else None
     first, step = (data.loss[0], data.steps[-1]) if data.steps else (None, 0)
     desc = f"Moving average {num(last)} at step {num(step, 0)}, first loss {num(first)}."
-    plot = strip("Loss", desc, top, (0, ceiling([sketch.high("loss", data.loss)])), 136, seen)
+    plot = strip("Loss", desc, top, (0, roof(sketch.high("loss", data.loss))), 136, seen)
     for near in neighbours(seen, top):
         at, edge = near[0].step, near[0].step < 0.05 * top  # at the left edge there is the head of the strip
         plot.text(at, plot.y[1], " ".join(m.letter for m in near), "c purple", dy=-14, anchor="start" if edge else "middle")
@@ -96,7 +97,7 @@ def rate_strip(data: Curves,  # of the run
     unit = 10.0 ** (power := math.floor(math.log10(high)) if high > 0 else 0)
     last = data.rate[-1] / unit if data.rate and data.rate[-1] is not None else None
     head = "Learning rate" + (f", \u00d710{str(power).translate(SUPER)}" if power else "")
-    plot = strip(head, f"Now {num(last, 2)}.", top, (0, ceiling([high / unit], 2)), 52, seen)
+    plot = strip(head, f"Now {num(last, 2)}.", top, (0, roof(high / unit, 2)), 52, seen)
     plot.add(traced(sketch.path("rate", data.steps, data.rate), top, plot.y[1] * unit, "ln ink"))
     return plot.text(top, last or 0, num(last, 2), "c", 8) if data.rate else plot
 
@@ -107,7 +108,7 @@ def speed_strip(data: Curves,  # of the run
                ) -> Plot:
     "Draw the rows per second."
     sketch, last = sketch or Sketch(), data.speed[-1] if data.speed else None
-    plot = strip("Rows per second", f"Now {num(last, 1)}.", top, (0, ceiling([sketch.high("speed", data.speed)], 2)), 44, seen, 40)
+    plot = strip("Rows per second", f"Now {num(last, 1)}.", top, (0, roof(sketch.high("speed", data.speed), 2)), 44, seen, 40)
     plot.add(traced(sketch.path("speed", data.steps, data.speed), top, plot.y[1], "ln thin ink")).add(foot(top))
     return plot.text(top, last or 0, num(last, 1 if (last or 0) < 100 else 0), "c", 8) if data.speed else plot
 
@@ -283,20 +284,27 @@ class Scene:
     "Hold what there is to draw of a run."
     data: Curves  # its curves
     brief: Sequence[Mapping[str, Any]]  # its events, of the steps at least the newest
-    now: Status  # how far it is
-    seen: list[Mark]  # commands and their answers
+    commands: Sequence[Mapping[str, Any]]  # what was asked for
+    seen: list[Mark]  # the same, with the answers
     top: float  # where the axis of steps ends
     last: float | None  # time of the newest event, seconds since 1970
+
+    @cached_property
+    def now(self) -> Status:
+        "How far the run is."
+        return reached(self.brief, status(self.brief, self.commands))
 
 def scene(events: Sequence[Mapping[str, Any]],  # what happened
           commands: Sequence[Mapping[str, Any]] = (),  # what was asked for
           course: Course | None = None,  # follows the same run, to save work
          ) -> Scene:
     "Read a run for drawing."
-    data, brief = (course.follow(events), course.brief) if course else (curves(events), events)
-    now, seen = reached(brief, status(brief, commands)), marks(brief, commands, data)
-    known = max([now.step, *data.steps[-1:], *(m.step for m in seen)])
-    return Scene(data, brief, now, seen, ceiling([known or now.total or 100], 8), events[-1].get("time", 0.0) if events else None)
+    course = course or Course()
+    data = course.follow(events)
+    seen = marks(course.brief, commands, data)
+    known = max([course.reach, *(m.step for m in seen)])
+    planned = 0 if known else next((e.get("total_steps") or 0 for e in course.brief if e["event"] == "run_started"), 0)
+    return Scene(data, course.brief, commands, seen, roof(known or planned or 100, 8), events[-1].get("time", 0.0) if events else None)
 
 # %% ../../nbs/panels/620_training.ipynb #head-parts
 def head_parts(s: Scene,  # what there is to draw
@@ -323,11 +331,10 @@ def strips_part(s: Scene,  # what there is to draw
     return f'<div class="cells">{first}{found}{rate}{speed}</div>'
 
 def log_part(s: Scene,  # what there is to draw
-             commands: Sequence[Mapping[str, Any]] = (),  # what was asked for
              alerts: Sequence[Alert] = (),  # that the rules have given
             ) -> str:  # HTML
     "List the commands and the last events, side by side where there is room."
-    parts = (command_log(s.seen), happening_table(happenings(s.brief, commands, s.seen, alerts)))
+    parts = (command_log(s.seen), happening_table(happenings(s.brief, s.commands, s.seen, alerts)))
     return '<div class="cells">' + "".join(f'<div class="cell wide">{p}</div>' for p in parts if p) + "</div>"
 
 # %% ../../nbs/panels/620_training.ipynb #training-view
@@ -337,7 +344,7 @@ def training_view(events: Sequence[Mapping[str, Any]],  # what happened
                  ) -> str:  # HTML that needs the style sheet of core.figures
     "Draw a run as one static figure."
     s = scene(events, commands)
-    return figure(*head_parts(s, alerts=alerts), strips_part(s), log_part(s, commands, alerts), data_table(s.data))
+    return figure(*head_parts(s, alerts=alerts), strips_part(s), log_part(s, alerts), data_table(s.data))
 
 # %% ../../nbs/panels/620_training.ipynb #frame
 def curve_frame(data: Curves,  # of the run
@@ -357,7 +364,7 @@ class TrainingPanel(VBox):
     "Show a run as it goes, and steer it."
     def __init__(self, run: Run):  # in this process or another
         self.run, self.stage, self.drawn = run, "", ()  # type: Run, str, tuple[int, ...]
-        self.said, self.waiting = (0.0, ()), False  # type: tuple[float, tuple[Any, ...]], bool
+        self.said, self.heard, self.waiting = (0.0, ()), (0.0, None), False  # type: tuple[float, tuple[Any, ...]], tuple[float, bool | None], bool
         self.last_error, self.shown = None, None  # type: Exception | None, Any
         self.course, self.sketch, self.alerts = Course(), Sketch(), ((), [])  # type: Course, Sketch, tuple[tuple[Any, ...], list[Alert]]
         self.head, self.live, self.lines, self.data, self.note, self.alert, self.silent = (HTML() for _ in range(7))
@@ -384,9 +391,10 @@ class TrainingPanel(VBox):
 
     def refresh(self) -> bool:  # True if more may come
         "Draw what is new."
-        lives = self.run.lives()  # asked first: whoever has gone has said by now what it had to say
+        now = time.time()
+        if now - self.heard[0] >= 1: self.heard = now, self.run.lives()  # asked first: whoever has gone has said by now what it had to say
         self.run.event_tail.follow()
-        events, commands, now = self.run.event_tail.seen, self.run.commands(), time.time()
+        events, commands, lives = self.run.event_tail.seen, self.run.commands(), self.heard[1]
         news = (len(events), len(commands), int(now / 5), lives is False)
         if news != self.drawn or self.waiting and now - self.said[0] >= 1: draw_panel(self, events, commands, lives)
         self.drawn = news
@@ -421,16 +429,15 @@ def draw_panel(panel: TrainingPanel,  # to draw in
               ) -> None:
     "Put the pieces of a run into the widgets of its panel."
     s, clock = scene(events, commands, panel.course), time.time()
-    strips, news = look(strips_part(s, panel.sketch)), (s.now.state, len(s.brief), len(commands), lives is False)
+    strips, news = look(strips_part(s, panel.sketch)), (len(s.brief), len(commands), lives is False)
     if panel.live.value != strips: panel.live.value = strips
     panel.waiting = news == panel.said[1] and clock - panel.said[0] < 1
     if panel.waiting: return
     panel.said = clock, news
-    tell_panel(panel, s, commands, lives)
+    tell_panel(panel, s, lives)
 
 def tell_panel(panel: TrainingPanel,  # to write in
                s: Scene,  # what there is to say
-               commands: Sequence[Mapping[str, Any]],  # what was asked for
                lives: bool | None = None,  # whether a trainer is at work, None where nobody can know
               ) -> None:
     "Put the words about a run into the widgets of its panel."
@@ -439,7 +446,7 @@ def tell_panel(panel: TrainingPanel,  # to write in
     if panel.alerts[0] != asked: panel.alerts = asked, watched_alerts(panel.run)
     told = f'<div role="status" aria-live="polite">{escape(status_words(s.now, s.seen))}</div>'
     silent = silence(state, s.data.times, s.last, clock, lives) if s.last is not None else ""
-    for widget, html in ((panel.head, look(figure(*head_parts(s, clock, panel.alerts[1])))), (panel.lines, look(log_part(s, commands, panel.alerts[1]))),
+    for widget, html in ((panel.head, look(figure(*head_parts(s, clock, panel.alerts[1])))), (panel.lines, look(log_part(s, panel.alerts[1]))),
                          (panel.note, told), (panel.silent, silent)):
         if widget.value != html: widget.value = html
     panel.controls.show(state, next((r for r in reversed(s.data.rate) if r), None))

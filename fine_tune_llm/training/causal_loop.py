@@ -54,10 +54,10 @@ def plan_causal(model: Model, module: Any,  # with its adapter, before its weigh
 # %% ../../nbs/training/528_causal_loop.ipynb #batch
 def collate(rows: Sequence[Mapping[str, Any]], plan: CausalPlan, pad_id: int,
             limit: int = 512,  # tokens in a packed row
-           ) -> dict[str, Any]:  # parts: batches as the model takes them; rows: numbers of the rows
+           ) -> dict[str, Any]:  # parts: batches as the model takes them; rows: numbers of the rows; tokens: how many these rows have
     "Lay out the rows of a step."
     parts = [pack_rows(part, pad_id, multiple=128) for part in share_rows(rows, limit)] if plan.packed else [pad_rows(rows, pad_id)]
-    return {"parts": parts, "rows": [row["row"] for row in rows]}
+    return {"parts": parts, "rows": [row["row"] for row in rows], "tokens": sum(len(row["input_ids"]) for row in rows)}
 
 # %% ../../nbs/training/528_causal_loop.ipynb #part-loss
 def part_loss(module: Any, part: Mapping[str, Any],  # a batch from `collate`

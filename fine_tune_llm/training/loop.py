@@ -187,11 +187,12 @@ def ordered_trainer(lengths: Sequence[int],  # tokens of each row, for batches o
                     names: Sequence[str],  # id of each row
                     loss: Callable[[Any, dict[str, Any]], Any],  # of a module and a part of a batch, summed over its items
                     items: Callable[[dict[str, Any]], int],  # rows or tokens in a part: what the loss is a mean over
-                    settings: Settings) -> type:  # of transformers' Trainer; a batch is {"rows": numbers, "parts": [inputs, ...]}
-    "Make a Trainer that keeps our order, averages over whole steps and stops at what is not finite."
+                    settings: Settings) -> type:  # of transformers' Trainer; a batch is {"rows": numbers, "parts": [inputs, ...], "tokens": in these rows}
+    "Make a Trainer that keeps our order, averages over whole steps, counts padding and stops at what is not finite."
     from transformers import Trainer
     class OrderedTrainer(Trainer):
         seen: tuple[str, ...] = ()  # ids of the rows in this step
+        laid: tuple[int, int] = (0, 0)  # tokens of rows, and places for tokens, since the last report
         def _get_train_sampler(self, train_dataset: Any = None) -> Any: return EpochOrder(lengths, settings.batch_size, settings.seed, world()[1])
         def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:  # number or tensor
             self.seen = tuple(names[i] for b in batch_samples for i in b["rows"])
@@ -199,6 +200,7 @@ def ordered_trainer(lengths: Sequence[int],  # tokens of each row, for batches o
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             model.train()
             rows, total = [names[i] for i in inputs.pop("rows")], torch_zero(self.args.device)
+            self.laid = self.laid[0] + inputs.pop("tokens"), self.laid[1] + sum(part["input_ids"].numel() for part in inputs["parts"])
             for part in self._prepare_inputs(inputs)["parts"]:
                 with self.compute_loss_context_manager(): value = with_penalty(loss(model, part), self.model, items(part)) / num_items_in_batch * bool(rows)
                 refuse_broken(value.detach(), "loss", self.state.global_step + 1, rows)
@@ -209,6 +211,9 @@ def ordered_trainer(lengths: Sequence[int],  # tokens of each row, for batches o
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)
             if norm is not None: refuse_broken(norm, "norm of the gradient", self.state.global_step + 1, self.seen)
             return norm
+        def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            if "loss" in logs and self.laid[1]: logs, self.laid = {**logs, "padding": round(1 - self.laid[0] / self.laid[1], 4)}, (0, 0)
+            super().log(logs, *args, **kwargs)
         def floating_point_ops(self, inputs: Any) -> int: return 0  # nobody asks
         def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
             if self.optimizer is None:
@@ -254,7 +259,8 @@ def class_collate(batch: Sequence[Mapping[str, Any]],  # of `class_rows`
                  ) -> dict[str, Any]:  # one part, and the numbers of its rows
     "Pad rows to one length."
     known = [r for r in batch if r["row"] >= 0]
-    return {"parts": [pad([{k: r[k] for k in ("input_ids", "labels")} for r in known or batch[:1]])], "rows": [r["row"] for r in known]}
+    return {"parts": [pad([{k: r[k] for k in ("input_ids", "labels")} for r in known or batch[:1]])], "rows": [r["row"] for r in known],
+            "tokens": sum(len(r["input_ids"]) for r in known)}
 
 # %% ../../nbs/training/526_loop.ipynb #trainer
 def make_trainer(model: Model, module: Any, ids: list[list[int]], y: np.ndarray, settings: Settings, work: Path, listener: Any,

@@ -13,6 +13,7 @@ import inspect
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from fine_tune_llm.training.recipes import (
     pair_records,
     trl_reward,
 )
+from .preflight import held_memory
 from .sitting import close_run, note_failure, sitting, take_over
 from fine_tune_llm.training.trainer import (
     checkpoint_to_resume,
@@ -234,6 +236,7 @@ def train_on_preferences(run: PreferenceRun, resume: bool, progress: Callable[[i
     place, records = checkpoint_to_resume(run) if resume else None, run_records(run)
     measure = None if run.validation is None else lambda: flat_figures(figures_of(run, trainer.model, run.validation))  # type: ignore[arg-type]
     listener = Listener(run, facts, flag, measure, progress)
+    listener.held = partial(held_memory, model.device)
     trainer: Any = make_preference_trainer(model, records, s, run.path / "checkpoints" / ".work", [listener, reward_listener(run)], [trl_reward(r) for r in run.rewards])
     facts |= dict(rows=len(records), method=s.method, device=model.device, dtype=model.dtype, **describe(trainer.model))
     referee = Referee(run, Settings(), trainer.model, measure or dict, listener.live)  # looks after each epoch, and chooses nothing
