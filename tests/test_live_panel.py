@@ -5,18 +5,24 @@ import time
 import numpy as np
 import pytest
 
+from fine_tune_llm.core.labels import Labels
 from fine_tune_llm.core.runs import Run
 from fine_tune_llm.models.adapters import add_adapter
 from fine_tune_llm.models.loading import build_causal, build_classifier, load_model
-from fine_tune_llm.core.labels import Labels
 from fine_tune_llm.panels.curves import Course, curves
-from fine_tune_llm.panels.figure_panel import look
 from fine_tune_llm.panels.happenings import happenings
 from fine_tune_llm.panels.traces import Sketch, Trace, stretch
-from fine_tune_llm.panels.training import TrainingPanel, facts_line, head_parts, log_part, scene, strips_part, training_view
+from fine_tune_llm.panels.training import (
+    TrainingPanel,
+    facts_line,
+    head_parts,
+    log_part,
+    scene,
+    strips_part,
+    training_view,
+)
 from fine_tune_llm.training.causal_loop import CausalPlan, collate, make_causal_trainer
 from fine_tune_llm.training.loop import Settings, make_trainer
-
 
 def story(seed: int, steps: int) -> tuple[list[dict], list[dict]]:
     "Events and commands of a run that is stopped and resumed, with losses that are missing, in the order of time."

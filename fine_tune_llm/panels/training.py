@@ -25,7 +25,7 @@ from ipywidgets import HTML, HBox, VBox
 
 from ..core.alerts import Alert, calibration_drift, check_alerts, disk_full, divergence, low_coverage
 from ..core.figures import GLYPH, Plot, ceiling, chip, ci, figure, num, styled, table, tick_step
-from ..core.runs import ENDS, Run, Status, duration, run_state, status
+from ..core.runs import ENDS, Run, Status, duration, status
 from .controls import Controls
 from .curves import Course, Curves, Mark, Trend, curves, finding, marks, time_left, trend
 from .figure_panel import close_all, look, with_still
@@ -392,7 +392,7 @@ class TrainingPanel(VBox):
     def refresh(self) -> bool:  # True if more may come
         "Draw what is new."
         now = time.time()
-        if now - self.heard[0] >= 1: self.heard = now, self.run.lives()  # asked first: whoever has gone has said by now what it had to say
+        if now - self.heard[0] >= 1 or self.heard[1] is False: self.heard = now, self.run.lives()  # asked first: whoever has gone has said by now what it had to say
         self.run.event_tail.follow()
         events, commands, lives = self.run.event_tail.seen, self.run.commands(), self.heard[1]
         news = (len(events), len(commands), int(now / 5), lives is False)

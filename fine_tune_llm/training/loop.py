@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['epoch_order', 'EpochOrder', 'refuse_unknown', 'schedule_options', 'Settings', 'check_ranges', 'check_settings',
            'refuse_unresumable', 'parameter_groups', 'total_steps', 'training_arguments', 'refuse_broken',
-           'ordered_trainer', 'with_penalty', 'finish_trainer', 'torch_zero', 'class_rows', 'with_idle',
-           'class_collate', 'make_trainer']
+           'ordered_trainer', 'count_padding', 'with_penalty', 'finish_trainer', 'torch_zero', 'class_rows',
+           'with_idle', 'class_collate', 'make_trainer']
 
 # %% ../../nbs/training/526_loop.ipynb #imports
 import math
@@ -192,7 +192,6 @@ def ordered_trainer(lengths: Sequence[int],  # tokens of each row, for batches o
     from transformers import Trainer
     class OrderedTrainer(Trainer):
         seen: tuple[str, ...] = ()  # ids of the rows in this step
-        laid: tuple[int, int] = (0, 0)  # tokens of rows, and places for tokens, since the last report
         def _get_train_sampler(self, train_dataset: Any = None) -> Any: return EpochOrder(lengths, settings.batch_size, settings.seed, world()[1])
         def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:  # number or tensor
             self.seen = tuple(names[i] for b in batch_samples for i in b["rows"])
@@ -200,7 +199,6 @@ def ordered_trainer(lengths: Sequence[int],  # tokens of each row, for batches o
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             model.train()
             rows, total = [names[i] for i in inputs.pop("rows")], torch_zero(self.args.device)
-            self.laid = self.laid[0] + inputs.pop("tokens"), self.laid[1] + sum(part["input_ids"].numel() for part in inputs["parts"])
             for part in self._prepare_inputs(inputs)["parts"]:
                 with self.compute_loss_context_manager(): value = with_penalty(loss(model, part), self.model, items(part)) / num_items_in_batch * bool(rows)
                 refuse_broken(value.detach(), "loss", self.state.global_step + 1, rows)
@@ -211,16 +209,27 @@ def ordered_trainer(lengths: Sequence[int],  # tokens of each row, for batches o
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)
             if norm is not None: refuse_broken(norm, "norm of the gradient", self.state.global_step + 1, self.seen)
             return norm
-        def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            if "loss" in logs and self.laid[1]: logs, self.laid = {**logs, "padding": round(1 - self.laid[0] / self.laid[1], 4)}, (0, 0)
-            super().log(logs, *args, **kwargs)
         def floating_point_ops(self, inputs: Any) -> int: return 0  # nobody asks
         def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
             if self.optimizer is None:
                 kind, options = self.get_optimizer_cls_and_kwargs(self.args)
                 self.optimizer = kind(parameter_groups(self.model, settings), **options)
             return self.optimizer
-    return OrderedTrainer
+    return count_padding(OrderedTrainer)
+
+# %% ../../nbs/training/526_loop.ipynb #count-padding
+def count_padding(kind: Any,  # a Trainer; a batch is {"parts": [inputs, ...], "tokens": in its rows, ...}
+                 ) -> type:  # the same, which says with each loss how much of the work was padding
+    "Let a Trainer report the share of places that held no token."
+    class CountingTrainer(kind):
+        laid: tuple[int, int] = (0, 0)  # tokens of rows, and places for tokens, since the last report
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            self.laid = self.laid[0] + inputs.pop("tokens"), self.laid[1] + sum(part["input_ids"].numel() for part in inputs["parts"])
+            return super().training_step(model, inputs, *args, **kwargs)
+        def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            if "loss" in logs and self.laid[1]: logs, self.laid = {**logs, "padding": round(1 - self.laid[0] / self.laid[1], 4)}, (0, 0)
+            super().log(logs, *args, **kwargs)
+    return CountingTrainer
 
 # %% ../../nbs/training/526_loop.ipynb #with-penalty
 def with_penalty(value: Any,  # the sum of the losses of a part, a tensor

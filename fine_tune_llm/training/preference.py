@@ -40,6 +40,7 @@ from fine_tune_llm.training.margins import (
     flat_figures,
     preference_figures,
 )
+from .preflight import held_memory
 from fine_tune_llm.training.recipes import (
     PreferenceSettings,
     build_base,
@@ -50,7 +51,6 @@ from fine_tune_llm.training.recipes import (
     pair_records,
     trl_reward,
 )
-from .preflight import held_memory
 from .sitting import close_run, note_failure, sitting, take_over
 from fine_tune_llm.training.trainer import (
     checkpoint_to_resume,
