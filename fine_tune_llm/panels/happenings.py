@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'SENTENCES', 'BAD', 'values_told', 'other_words', 'found_words', 'memory_told', 'event_words', 'Happening',
-           'happenings', 'stamp', 'happening_table']
+           'happenings', 'stamp', 'unbroken', 'happening_table']
 
 # %% ../../nbs/panels/605_happenings.ipynb #imports
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,11 +107,16 @@ def stamp(at: float,  # seconds since 1970
     there, here = time.localtime(at), time.localtime(now)
     return time.strftime("%H:%M:%S" if there[:3] == here[:3] else "%Y-%m-%d %H:%M", there)
 
+def unbroken(words: str,  # plain text
+            ) -> str:
+    "Keep a step and its number on one line."
+    return re.sub(r"\bstep (?=\d)", "step\u00a0", words)
+
 def happening_table(found: Sequence[Happening],  # the newest first
                    ) -> str:  # HTML, "" for none
     "List what has happened."
     def row(h: Happening) -> str:
         return (f'<tr class="top"><td class="dim">{stamp(h.time, found[0].time)}</td><td><b class="{"verm" if h.kind in BAD else "ink"}">{escape(h.kind)}</b></td>'
-                f'<td class="long">{escape(h.text)}</td></tr>')
+                f'<td class="long">{escape(unbroken(h.text))}</td></tr>')
     rows = "".join(map(row, found))
     return f'<p style="margin:12px 0 4px"><b class="ink">Last events</b></p><table aria-label="Last events, the newest first">{rows}</table>' if rows else ""

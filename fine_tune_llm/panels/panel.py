@@ -21,7 +21,7 @@ PANEL_CSS = CSS + """
 .ft-panel{background:var(--jp-layout-color0,#fff);overflow:hidden}
 .ft-panel>*,.ft-panel .widget-html{margin:0;height:auto}
 .ft-panel .widget-html-content{line-height:1.45;min-width:0;width:100%}.ft-panel .look{padding-top:0;padding-bottom:0}
-.ft-panel .look h3{margin-top:10px}.ft-panel text.head{paint-order:stroke;stroke:var(--bg);stroke-width:4px;stroke-linejoin:round}.ft-panel .ft-row{padding:0 20px 10px;align-items:center;gap:14px;overflow:visible}
+.ft-panel .look h3{margin-top:10px}.ft-panel text.head{paint-order:stroke;stroke:var(--bg);stroke-width:4px;stroke-linejoin:round}.ft-panel .ft-row{padding:0 20px 6px;align-items:center;gap:4px 14px;overflow:visible}
 .ft-panel .jupyter-button{background:none;border:1px solid #858585;border-radius:3px;width:auto;padding:0 16px;
  margin:0;height:32px;color:var(--jp-ui-font-color1,#212121);box-shadow:none}
 .ft-panel .jupyter-button:focus-visible{outline:2px solid #0072b2}.ft-panel .ft-data{padding-bottom:12px}

@@ -29,9 +29,9 @@ from ..core.runs import ENDS, Run, Status, duration, status
 from .controls import Controls
 from .curves import Course, Curves, Mark, Trend, curves, finding, marks, time_left, trend
 from .figure_panel import close_all, look, with_still
-from .happenings import happening_table, happenings
+from .happenings import happening_table, happenings, unbroken
 from .panel import PANEL_CSS, Publisher, guard
-from .traces import Sketch, foot, grid, roof, traced
+from .traces import Sketch, foot, grid, roof, steps_end, traced
 
 # %% ../../nbs/panels/620_training.ipynb #strip
 LINE = {"applied": "thin purple", "refused": "thin purple dots", "requested": "thin purple dash"}
@@ -80,6 +80,7 @@ def loss_strip(data: Curves,  # of the run
         return plot.text(top / 2, plot.y[1] / 2, "the first step will appear here", "dim halo", anchor="middle")
     for name, ys, cls in (("loss", data.loss, "ln thin faint blue"), ("average", data.average, "ln blue")):
         plot.add(traced(sketch.path(name, data.steps, ys), top, plot.y[1], cls))
+    if len(data.steps) == 1: plot.dot(step, last, "blue", f"step {num(step, 0)}: {num(last)}")  # no line yet
     y = max(last, 0.04 * plot.y[1])
     return plot.text(top, y, f"average {num(last)}", "c blue", 8).text(top, y, "thin: as reported", "dim", 8, 19)
 
@@ -99,6 +100,7 @@ def rate_strip(data: Curves,  # of the run
     head = "Learning rate" + (f", \u00d710{str(power).translate(SUPER)}" if power else "")
     plot = strip(head, f"Now {num(last, 2)}.", top, (0, roof(high / unit, 2)), 52, seen)
     plot.add(traced(sketch.path("rate", data.steps, data.rate), top, plot.y[1] * unit, "ln ink"))
+    if len(data.steps) == 1 and last is not None: plot.dot(data.steps[0], last, "ink", num(last, 2))
     return plot.text(top, last or 0, num(last, 2), "c", 8) if data.rate else plot
 
 def speed_strip(data: Curves,  # of the run
@@ -110,6 +112,7 @@ def speed_strip(data: Curves,  # of the run
     sketch, last = sketch or Sketch(), data.speed[-1] if data.speed else None
     plot = strip("Rows per second", f"Now {num(last, 1)}.", top, (0, roof(sketch.high("speed", data.speed), 2)), 44, seen, 40)
     plot.add(traced(sketch.path("speed", data.steps, data.speed), top, plot.y[1], "ln thin ink")).add(foot(top))
+    if len(data.steps) == 1 and last is not None: plot.dot(data.steps[0], last, "ink", num(last, 1))
     return plot.text(top, last or 0, num(last, 1 if (last or 0) < 100 else 0), "c", 8) if data.speed else plot
 
 # %% ../../nbs/panels/620_training.ipynb #zoom
@@ -251,7 +254,7 @@ def command_log(seen: Sequence[Mark],  # commands
     more = f'<tr class="top"><td colspan="4">{len(seen) - n} earlier commands are in control.jsonl</td></tr>'
     rows = (more if len(seen) > n else "") + "".join(
         f'<tr class="top"><td><b class="purple">{m.letter}</b></td><td>{chip(m.word)}</td>'
-        f'<td>{escape(m.what)}</td><td class="long">{escape(m.told)}</td></tr>' for m in seen[-n:])
+        f'<td>{escape(m.what)}</td><td class="long">{escape(unbroken(m.told))}</td></tr>' for m in seen[-n:])
     return f'<p style="margin:12px 0 4px"><b class="ink">Commands</b></p><table aria-label="Commands">{rows}</table>' if rows else ""
 
 # %% ../../nbs/panels/620_training.ipynb #data-table
@@ -304,7 +307,7 @@ def scene(events: Sequence[Mapping[str, Any]],  # what happened
     seen = marks(course.brief, commands, data)
     known = max([course.reach, *(m.step for m in seen)])
     planned = 0 if known else next((e.get("total_steps") or 0 for e in course.brief if e["event"] == "run_started"), 0)
-    return Scene(data, course.brief, commands, seen, roof(known or planned or 100, 8), events[-1].get("time", 0.0) if events else None)
+    return Scene(data, course.brief, commands, seen, steps_end(known or planned or 100), events[-1].get("time", 0.0) if events else None)
 
 # %% ../../nbs/panels/620_training.ipynb #head-parts
 def head_parts(s: Scene,  # what there is to draw
