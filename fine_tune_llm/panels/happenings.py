@@ -109,8 +109,8 @@ def stamp(at: float,  # seconds since 1970
 
 def unbroken(words: str,  # plain text
             ) -> str:
-    "Keep a step and its number on one line."
-    return re.sub(r"\bstep (?=\d)", "step\u00a0", words)
+    "Keep a word and its number on one line."
+    return re.sub(r"\b(step|before|first|95) (?=[\d%])", "\\1\u00a0", words)
 
 def happening_table(found: Sequence[Happening],  # the newest first
                    ) -> str:  # HTML, "" for none

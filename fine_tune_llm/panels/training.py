@@ -320,7 +320,7 @@ def head_parts(s: Scene,  # what there is to draw
     since = max((e.get("time", 0.0) for e in s.brief if e["event"] == "run_started" or e.get("command") == "resume"), default=0.0)
     left, t = time_left(s.data, s.now.total, since) if s.now.total else None, trend(s.data)
     state = state_line(s.now, clock - s.last if clock and s.last is not None else None, saved, left[1] if left else None)
-    return finding(s.data, s.now, t), note(s.brief, t), state, facts_line(s.data, str(start.get("device", ""))), alarm(alerts)
+    return unbroken(finding(s.data, s.now, t)), unbroken(note(s.brief, t)), state, facts_line(s.data, str(start.get("device", ""))), alarm(alerts)
 
 # %% ../../nbs/panels/620_training.ipynb #strips-part
 def strips_part(s: Scene,  # what there is to draw
