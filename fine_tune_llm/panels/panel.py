@@ -34,7 +34,7 @@ PANEL_CSS = CSS + """
 .ft-panel .widget-inline-hbox{width:auto;min-width:0;height:auto;align-items:center;overflow:visible;margin:0}
 .ft-panel .widget-label{width:auto;min-width:0;margin-right:8px}.ft-panel .widget-readout{min-width:44px}
 .ft-panel .ft-form{display:grid;grid-template-columns:repeat(auto-fit,minmax(270px,1fr));gap:8px 24px;max-width:1100px;align-items:start}
-.ft-panel .ft-form>*{width:100%}.ft-panel .ft-form .widget-label{width:96px;min-width:96px;line-height:32px;height:32px;margin:0}
+.ft-panel .ft-form>*{width:100%}.ft-panel .ft-form .widget-label{width:96px;min-width:96px;line-height:32px;height:32px;margin:0 8px 0 0;text-align:left}
 .ft-panel .ft-form .widget-inline-hbox{align-items:flex-start}.ft-panel .ft-form :is(input,textarea){flex:1;min-width:0;width:100%}
 .ft-panel .widget-slider{width:300px}.ft-panel .widget-dropdown{max-width:340px}.ft-panel .widget-dropdown select,.ft-panel .widget-text input{height:32px}
 .ft-panel .noUi-handle:focus-visible,.ft-panel select:focus-visible,.ft-panel input:focus-visible{outline:2px solid #0072b2;outline-offset:1px}
