@@ -65,6 +65,16 @@ def test_drawing_piece_by_piece_is_drawing_at_once(seed, steps):
     assert head_parts(scene(events, commands)) == head_parts(grown)
 
 
+@pytest.mark.parametrize("kind", ["step", "evaluated"])
+def test_the_later_record_of_a_step_counts(kind):
+    "A run that was resumed one step before its end tells that step again."
+    events = [dict(event=kind, time=float(s), step=s, loss=1.0 / s) for s in (1, 2)]
+    course = Course()
+    course.follow(events)
+    assert course.follow(again := [*events, dict(event=kind, time=3.0, step=2, loss=9.0)]) == curves(again)
+    assert (course.data.loss or [e["loss"] for e in course.data.evaluations]) == [1.0, 9.0]
+
+
 def test_a_panel_that_has_watched_shows_what_one_that_comes_later_shows(tmp_path):
     events, commands = story(4, 200)
     run = Run.create(tmp_path / "run")
