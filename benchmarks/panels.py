@@ -6,9 +6,12 @@ Kernel time only: from setting the attribute that a slider stands for to the new
 thread. Each slider is moved 40 times; the first drawing, which computes the table that moves look into, is counted apart. The
 live row redraws a training panel of 2,000 reported steps and ten evaluations after each new event.
 
-The last lines come from a real kernel with open comms: the same small training without and with a shown panel that publishes ten
-times a second, in turn (A B, B A, ...), so that a machine that grows slower hurts both alike. The share of a core is the CPU time of the
-publisher's thread over the time of the run; it does not depend on what else the machine does, the throughput does.
+The last lines come from a real kernel with open comms, three ways. Pairs: the same small training without and with a shown panel that
+publishes ten times a second, in turn (A B, B A, ...), so that a machine that grows slower hurts both alike. Turns: one longer training
+whose panel publishes in every second stretch of two seconds, each compared with the stretches around it, which a slow drift of the machine
+does not touch. And the CPU time of the publisher's thread, and of the thread of ipykernel that hands its messages on, over the time of the
+run: that does not depend on what else the machine does, the throughput does. The first redraws, while the axes grow, and the last, which
+leaves a picture, are counted.
 """
 import argparse
 import os
@@ -83,27 +86,52 @@ words = "morning evening street garden window river letter kitchen market school
 data = ft.load_data([dict(text=f"{a} and {b} in the {w}", label=w) for w in ("rain", "sun") for i, a in enumerate(words) for b in words[:i]])
 model = ft.load_model("pocket", device="cpu")
 
+def start(steps):
+    return ft.finetune(model, data, lora=dict(r=4), epochs=max(1, steps * 4 // 87), batch_size=4, evaluate_every=10**6, out=Path(tempfile.mkdtemp()) / "run", background=True)
+
+def cpu(thread): return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+
+def watch(run, when=lambda: True):
+    "Show the panel of a run, publish ten times a second, and give what adds up the CPU seconds of its thread."
+    panel, spent = run.panel(), [0.0]
+    draw = panel.publisher.draw
+    def timed():
+        try: return draw() if when() else True
+        finally: spent[0] = time.thread_time()
+    panel.publisher.draw, panel.publisher.pause = timed, 0.1
+    display(panel)
+    return spent
+
 def go(shown, steps=STEPS):
-    run = ft.finetune(model, data, lora=dict(r=4), epochs=max(1, steps * 4 // 87), batch_size=4, evaluate_every=10**6, out=Path(tempfile.mkdtemp()) / "run", background=True)
-    spent = [0.0]
-    if shown:
-        panel = run.panel()
-        draw = panel.publisher.draw
-        def timed():
-            start = time.thread_time()
-            try: return draw()
-            finally: spent[0] += time.thread_time() - start
-        panel.publisher.draw, panel.publisher.pause = timed, 0.1
-        display(panel)
+    "Steps per second, shares of a core of publisher and messenger, and CPU milliseconds of the whole process per step."
+    messenger = next(t for t in threading.enumerate() if t.name == "IOPub")
+    before, began = cpu(messenger), time.process_time()
+    run = start(steps)
+    spent = watch(run) if shown else [0.0]
     run.wait()
-    steps = run.events("step")
-    rate = (steps[-1]["step"] - steps[0]["step"]) / (steps[-1]["time"] - steps[0]["time"])
-    print(json.dumps([rate, spent[0] / (steps[-1]["time"] - run.events("run_started")[0]["time"])]))
+    all_of_it, events = time.process_time() - began, run.events("step")
+    rate = (events[-1]["step"] - events[0]["step"]) / (events[-1]["time"] - events[0]["time"])
+    span = events[-1]["time"] - run.events("run_started")[0]["time"]
+    print(json.dumps([rate, spent[0] / span, (cpu(messenger) - before) / span, 1000 * all_of_it / events[-1]["step"]]))
+
+def turns(steps, length=2.0):
+    "Throughput in each stretch with a panel that publishes, over that of the stretches around it."
+    run = start(steps)
+    watch(run, lambda: int(time.time() / length) % 2)
+    run.wait()
+    done = {}
+    events = run.events("step")[2:]
+    for a, b in zip(events, events[1:]):
+        w = int(a["time"] / length)
+        if w == int(b["time"] / length): done.setdefault(w, []).append((b["step"] - a["step"], b["time"] - a["time"]))
+    rates = {w: sum(n for n, _ in part) / sum(t for _, t in part) for w, part in done.items() if sum(t for _, t in part) > length / 2}
+    print(json.dumps([2 * rates[w] / (rates[w - 1] + rates[w + 1]) for w in rates if w % 2 and w - 1 in rates and w + 1 in rates]))
+
 go(False, 60)
 """
 
 
-def throughput(pairs: int, steps: int) -> list[list[tuple[float, float]]]:  # of each pair, without and with a panel: (steps per second, share of a core)
+def throughput(pairs: int, steps: int) -> tuple[list[list[list[float]]], list[float]]:  # of each pair, without and with a panel: what `go` prints; what `turns` prints
     "Train without and with a panel in turn, in a kernel of its own."
     import json
 
@@ -114,16 +142,25 @@ def throughput(pairs: int, steps: int) -> list[list[tuple[float, float]]]:  # of
         said: list[str] = []
         def hear(m):
             if m["msg_type"] == "stream" and m["content"]["name"] == "stdout": said.append(m["content"]["text"])
-        reply = client.execute_interactive(code, output_hook=hear, timeout=600)
+        reply = client.execute_interactive(code, output_hook=hear, timeout=1200)
         assert reply["content"]["status"] == "ok", reply["content"]
         return json.loads("".join(said).strip().splitlines()[-1])
     try:
         run(TRAIN.replace("STEPS", str(steps)))
-        found = [{shown: tuple(run(f"go({shown})")) for shown in ((False, True), (True, False))[i % 2]} for i in range(pairs)]
-        return [[pair[False], pair[True]] for pair in found]
+        found = [{shown: run(f"go({shown})") for shown in ((False, True), (True, False))[i % 2]} for i in range(pairs)]
+        return [[pair[False], pair[True]] for pair in found], run(f"turns({3 * steps})")
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
+
+
+def with_interval(values: list[float]) -> str:
+    "The mean with its 95 % interval, Student's t."
+    from scipy.stats import t
+    mean = statistics.mean(values)
+    if len(values) < 2: return f"{mean:.3f}"
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
 
 
 def main() -> None:
@@ -144,11 +181,13 @@ def main() -> None:
     print(f"| {n:,} predictions | first drawing, s | median, ms | slowest, ms |\n|---|---|---|---|")
     for name, first, times in out: print(f"| {name} | {first / 1000:.1f} | {statistics.median(times):.1f} | {max(times):.1f} |")
     if not args.pairs: return
-    found = throughput(args.pairs, args.steps)
-    print(f"\n| {args.steps} steps of pocket, one thread | without, steps/s | with a panel at 10 Hz, steps/s | ratio | publisher, share of a core |\n|---|---|---|---|---|")
-    for i, ((bare, _), (watched, share)) in enumerate(found, 1): print(f"| pair {i} | {bare:.1f} | {watched:.1f} | {watched / bare:.3f} | {share:.3f} |")
-    ratios = [watched / bare for (bare, _), (watched, _) in found]
-    print(f"| median | | | {statistics.median(ratios):.3f} | {statistics.median(s for _, (_, s) in found):.3f} |")
+    found, alternating = throughput(args.pairs, args.steps)
+    print(f"\n| {args.steps} steps of pocket, one thread | without, steps/s | with a panel at 10 Hz | ratio | CPU per step, ratio | publisher, share of a core | messenger |\n|---|---|---|---|---|---|---|")
+    rows = [(bare[0], watched[0], watched[0] / bare[0], watched[3] / bare[3], watched[1], watched[2]) for bare, watched in found]
+    for i, (bare, watched, ratio, cost, share, sent) in enumerate(rows, 1): print(f"| pair {i} | {bare:.1f} | {watched:.1f} | {ratio:.3f} | {cost:.3f} | {share:.4f} | {sent:.4f} |")
+    ratios, costs, shares, messages = ([row[k] for row in rows] for k in (2, 3, 4, 5))
+    print(f"| mean [95 %] | | | {with_interval(ratios)} | {with_interval(costs)} | {statistics.mean(shares):.4f} | {statistics.mean(messages):.4f} |")
+    print(f"| in turns within one training, {len(alternating)} stretches of 2 s | | | {with_interval(alternating)} | | | |")
 
 
 if __name__ == "__main__": main()

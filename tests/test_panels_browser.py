@@ -244,7 +244,8 @@ def test_no_frame_collapses(lab, browser):  # noqa: F811
     page.wait_for_function("/Running, step 300/.test(document.querySelector('.ft-panel')?.textContent)")
     seen = page.evaluate("window.frames_seen")
     heights, paths = [h for h, _ in seen], [n for _, n in seen]
-    assert len(seen) > 50 and min(heights) > 0.95 * max(heights) > 100 and min(paths) >= 6, (len(seen), min(heights), max(heights), min(paths))
+    lower = [(a, b) for a, b in zip(heights, heights[1:]) if b < a - 1]  # it may grow: the list of events does
+    assert len(seen) > 50 and min(heights) > 100 and not lower and min(paths) >= 6, (len(seen), min(heights), lower, min(paths))
     page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
     page.close()
 

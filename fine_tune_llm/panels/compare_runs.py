@@ -22,16 +22,17 @@ from ..core.runs import Run, Status, status
 from .curves import Curves, Trend, curves, trend
 from .figure_panel import Drawn, FigurePanel
 from .panel import guard
-from .training import MEASURES, thin, zoom
+from .traces import thin
+from .training import MEASURES, zoom
 
 # %% ../../nbs/panels/622_compare_runs.ipynb #line
 @dataclass(frozen=True)
 class Line:
     "Hold what one run has said so far."
-    name: str
-    now: Status
-    data: Curves
-    run: Run
+    name: str  # as it was given, or that of its folder
+    now: Status  # how far it is
+    data: Curves  # its curves
+    run: Run  # where it is read from
     t: Trend | None  # of its loss, None while there are too few steps
 
 def run_lines(runs: Mapping[str, Any] | Sequence[Any] | str | Path,  # runs or their folders, by name or in order, or a folder of runs
@@ -56,7 +57,7 @@ STYLES = [f"{colour} {dash}".strip() for colour, dash in zip(COLOURS, 4 * ["", "
 # %% ../../nbs/panels/622_compare_runs.ipynb #axis
 AXES = {"step": "step", "minutes": "minutes since the first step", "share": "share of the planned steps"}
 
-def place_steps(line: Line,
+def place_steps(line: Line,  # of the run
                 steps: Sequence[int],  # of the run
                 axis: str,  # one of AXES
                ) -> list[float]:  # where they stand on the axis
@@ -79,11 +80,11 @@ def spread(places: Sequence[float],  # wished places, pixels from the top
     return out
 
 # %% ../../nbs/panels/622_compare_runs.ipynb #strip
-def compare_strip(head: str,
-                  lines: Sequence[Line],
+def compare_strip(head: str,  # what is shown
+                  lines: Sequence[Line],  # a run each
                   points: Sequence[tuple[Sequence[float], Sequence[Any], Sequence[Any], Sequence[Any]]],  # of each: places, values, lows, highs
                   top: float,  # end of the axis of places
-                  y: tuple[float, float],
+                  y: tuple[float, float],  # the ends of the axis of values
                   label: str = "",  # under the axis
                  ) -> Plot:
     "Draw the lines of several runs."
@@ -101,14 +102,16 @@ def compare_strip(head: str,
         p.text(top, ys[-1], f"{short(lines[i].name)} {num(ys[-1])}", f"c {STYLES[i].split()[0]}", 8, round(4 + free - at))
     return p.xaxis(label, 2 if top <= 1 else 0, 8) if label else p
 
-def short(name: str,
+def short(name: str,  # of a run
           most: int = 16,  # characters to keep
          ) -> str:
     "Cut a long name."
     return name if len(name) <= most else name[:most - 1] + "\u2026"
 
 # %% ../../nbs/panels/622_compare_runs.ipynb #plots
-def compare_plots(lines: Sequence[Line], axis: str = "step") -> list[Plot]:
+def compare_plots(lines: Sequence[Line],  # a run each
+                  axis: str = "step",  # one of AXES
+                 ) -> list[Plot]:
     "Draw the loss and the validation numbers of several runs."
     at = [place_steps(r, r.data.steps, axis) for r in lines]
     top = ceiling([xs[-1] for xs in at if xs], 8)
@@ -125,7 +128,8 @@ def compare_plots(lines: Sequence[Line], axis: str = "step") -> list[Plot]:
     return out
 
 # %% ../../nbs/panels/622_compare_runs.ipynb #table
-def compare_frame(lines: Sequence[Line]) -> Any:  # pandas DataFrame, a row for each run and number
+def compare_frame(lines: Sequence[Line],  # a run each
+                 ) -> Any:  # pandas DataFrame, a row for each run and number
     "Lay the last numbers of several runs out."
     import pandas as pd
     rows = []
@@ -146,11 +150,12 @@ def compare_title(frame: Any,  # from `compare_frame`
         a, b = part.iloc[0], part.iloc[1]
         def told(r: Any) -> str: return f"{r['run']} {ci(r.value, r.low, r.high) if r.low == r.low else num(r.value)}"
         verdict = "" if a.low != a.low or b.low != b.low else ": the intervals overlap" if b.low <= a.high else ": the intervals do not overlap"
-        return f"Lowest {number}: {told(a)}, then {told(b)}{verdict}"
+        return f"Lowest {number.replace('Validation', 'validation')}: {told(a)}, then {told(b)}{verdict}"
     return "Too few steps to compare"
 
 # %% ../../nbs/panels/622_compare_runs.ipynb #cost
-def cost_table(lines: Sequence[Line]) -> str:  # HTML, folded
+def cost_table(lines: Sequence[Line],  # a run each
+              ) -> str:  # HTML, folded
     "Say what each run has cost, and its best numbers."
     frame = summarize_runs({r.name: r.run for r in lines})
     def best(v: float) -> str: return num(v) if v == v else ""
@@ -159,7 +164,9 @@ def cost_table(lines: Sequence[Line]) -> str:  # HTML, folded
     return table(head, rows, "What each run has cost")
 
 # %% ../../nbs/panels/622_compare_runs.ipynb #draw
-def draw_runs(lines: Sequence[Line], axis: str = "step") -> Drawn:
+def draw_runs(lines: Sequence[Line],  # a run each
+              axis: str = "step",  # one of AXES
+             ) -> Drawn:
     "Draw several runs on one page."
     frame, states = compare_frame(lines), ", ".join(f"{r.name}: {r.now.state} at step {num(r.now.step, 0)}" for r in lines)
     note = f"{states}. Loss intervals: 95 %, for independent steps. Seeds differ between runs too: one run each does not show that a setting is better."
@@ -177,7 +184,9 @@ class RunsPanel(FigurePanel):
         super().__init__({"axis": Dropdown(description="Against", options=[(words, name) for name, words in AXES.items()])}, (self.again,))
         self.again.on_click(guard(self, lambda _: self.redraw()))
 
-    def draw(self) -> Drawn: return draw_runs(run_lines(self.runs), self.axis)
+    def draw(self) -> Drawn:
+        "Read the runs, and draw them."
+        return draw_runs(run_lines(self.runs), self.axis)
 
 def compare_runs(runs: Mapping[str, Any] | Sequence[Any] | str | Path,  # runs or their folders, by name or in order, or a folder of runs
                 ) -> RunsPanel:

@@ -27,8 +27,13 @@ class Drawn:
     plots: str  # HTML
     frame: Any  # pandas DataFrame of the numbers that are shown
 
-    def head(self) -> str: return figure(self.title, self.note)
-    def whole(self) -> str: return figure(self.title, self.note, self.plots, frame_table(self.frame))
+    def head(self) -> str:  # HTML
+        "Give the finding and its note."
+        return figure(self.title, self.note)
+
+    def whole(self) -> str:  # HTML
+        "Give all in one figure."
+        return figure(self.title, self.note, self.plots, frame_table(self.frame))
 
 # %% ../../nbs/panels/612_figure_panel.ipynb #table
 def frame_table(frame: Any,  # pandas DataFrame
@@ -68,23 +73,27 @@ def tie(panel: Any,  # a FigurePanel
     panel.observe(down, name)
     control.observe(up, "value")
 
-def offered(control: Any) -> str:
+def offered(control: Any,  # a widget
+           ) -> str:
     "Say which values a control takes."
     if hasattr(control, "options"): return "use one of: " + ", ".join(repr(v[1] if isinstance(v, tuple) else v) for v in control.options[:8])
     return f"give one from {control.min:g} to {control.max:g}" if hasattr(control, "min") else "give a value of its type"
 
 # %% ../../nbs/panels/612_figure_panel.ipynb #free
-def held(widget: Widget) -> Iterator[Widget]:
+def held(widget: Widget,  # with what it holds
+        ) -> Iterator[Widget]:  # itself last
     "Walk through a widget, its children, and the style and layout of each."
     for child in getattr(widget, "children", ()): yield from held(child)
     yield from (part for part in (getattr(widget, "style", None), getattr(widget, "layout", None)) if isinstance(part, Widget))
     yield widget
 
-def close_all(widgets: Sequence[Widget]) -> None:
+def close_all(widgets: Sequence[Widget],  # that nobody needs any more
+             ) -> None:
     "Free widgets and what they hold."
     for part in [part for w in widgets for part in held(w)]: part.close()
 
-def look(html: str) -> str:  # "" stays ""
+def look(html: str,  # a figure or a part of one
+        ) -> str:  # "" stays ""
     "Put HTML where the style sheet reaches it."
     return f'<div class="look">{html}</div>' if html else ""
 
@@ -127,7 +136,10 @@ class FigurePanel(VBox):
         "Draw the figure without widgets."
         return styled(self.drawn.whole() if self.drawn else "")
 
-    def still(self) -> dict[str, str]: return {"text/plain": self.drawn.title if self.drawn else "", "text/html": self.picture()}
+    def still(self) -> dict[str, str]:  # by MIME type
+        "Give what is shown where no kernel is."
+        return {"text/plain": self.drawn.title if self.drawn else "", "text/html": self.picture()}
+
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]: return with_still(super()._repr_mimebundle_(**kwargs), self.still())
     def _ipython_display_(self) -> None: self.shown = display(self._repr_mimebundle_(), raw=True, display_id=True)
 
@@ -141,7 +153,9 @@ class FigurePanel(VBox):
         if self.shown: self.shown.update(self.still(), raw=True)
 
 # %% ../../nbs/panels/612_figure_panel.ipynb #show
-def show(panel: FigurePanel, drawn: Drawn) -> None:
+def show(panel: FigurePanel,  # to write in
+         drawn: Drawn,  # what it shall show
+        ) -> None:
     "Put a drawing into the widgets of its panel."
     panel.drawn, panel.last_error = drawn, None
     parts = ((panel.head, drawn.head()), (panel.plots, drawn.plots), (panel.data, frame_table(drawn.frame)))

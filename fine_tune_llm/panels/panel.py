@@ -21,7 +21,7 @@ PANEL_CSS = CSS + """
 .ft-panel{background:var(--jp-layout-color0,#fff);overflow:hidden}
 .ft-panel>*,.ft-panel .widget-html{margin:0;height:auto}
 .ft-panel .widget-html-content{line-height:1.45;min-width:0;width:100%}.ft-panel .look{padding-top:0;padding-bottom:0}
-.ft-panel .look h3{margin-top:10px}.ft-panel text.head{paint-order:stroke;stroke:var(--bg);stroke-width:4px;stroke-linejoin:round}.ft-panel .ft-row{padding:0 20px 10px;align-items:center;gap:14px;overflow:visible}
+.ft-panel .look h3{margin-top:10px}.ft-panel text.head{paint-order:stroke;stroke:var(--bg);stroke-width:4px;stroke-linejoin:round}.ft-panel .ft-row{padding:0 20px 6px;align-items:center;gap:4px 14px;overflow:visible}
 .ft-panel .jupyter-button{background:none;border:1px solid #858585;border-radius:3px;width:auto;padding:0 16px;
  margin:0;height:32px;color:var(--jp-ui-font-color1,#212121);box-shadow:none}
 .ft-panel .jupyter-button:focus-visible{outline:2px solid #0072b2}.ft-panel .ft-data{padding-bottom:12px}
@@ -33,6 +33,9 @@ PANEL_CSS = CSS + """
 .ft-panel .jupyter-button:disabled{opacity:.5}
 .ft-panel .widget-inline-hbox{width:auto;min-width:0;height:auto;align-items:center;overflow:visible;margin:0}
 .ft-panel .widget-label{width:auto;min-width:0;margin-right:8px}.ft-panel .widget-readout{min-width:44px}
+.ft-panel .ft-form{display:grid;grid-template-columns:repeat(auto-fit,minmax(270px,1fr));gap:8px 24px;max-width:1100px;align-items:start}
+.ft-panel .ft-form>*{width:100%}.ft-panel .ft-form .widget-label{width:96px;min-width:96px;line-height:32px;height:32px;margin:0 8px 0 0;text-align:left}
+.ft-panel .ft-form .widget-inline-hbox{align-items:flex-start}.ft-panel .ft-form :is(input,textarea){flex:1;min-width:0;width:100%}
 .ft-panel .widget-slider{width:300px}.ft-panel .widget-dropdown{max-width:340px}.ft-panel .widget-dropdown select,.ft-panel .widget-text input{height:32px}
 .ft-panel .noUi-handle:focus-visible,.ft-panel select:focus-visible,.ft-panel input:focus-visible{outline:2px solid #0072b2;outline-offset:1px}
 .ft-panel select{appearance:auto;background-image:none}[data-jp-theme-light="false"] .ft-panel :is(select,input,textarea){color-scheme:dark}
@@ -68,6 +71,7 @@ class Publisher:
         self.thread.start()
 
     def loop(self) -> None:
+        "Draw until nothing more may come."
         more, pause = True, 0.0
         while more and not self.closed:
             self.wanted.wait(pause)
@@ -76,7 +80,11 @@ class Publisher:
             more = not self.closed and bool(self.draw())
             pause = max(self.pause, 9 * (time.perf_counter() - start))
 
-    def wake(self) -> None: self.wanted.set()
+    def wake(self) -> None:
+        "Draw at once."
+        self.wanted.set()
+
     def close(self) -> None:
+        "Draw no more."
         self.closed = True
         self.wanted.set()

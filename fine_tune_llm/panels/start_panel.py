@@ -52,7 +52,8 @@ def merged(boxes: Mapping[str, Any],  # "section.name" -> what stands in its box
         if value != "": found[section] = {**found.get(section, {}), name: value}
     return found
 
-def checked(settings: Mapping[str, Any]) -> Config:
+def checked(settings: Mapping[str, Any],  # section -> settings
+           ) -> Config:
     "Check a configuration, and whether its files are there."
     try: config = Config.model_validate(settings)
     except ValidationError as e: raise ConfigurationError("; ".join(complaints(e))) from None
@@ -76,13 +77,15 @@ class StartPanel(VBox):
         self.button.on_click(guard(self, lambda _: self.start()))
         for box in self.written(): box.observe(lambda _: self.tell(), "value")
         row, again = HBox([*self.boxes.values(), self.out, self.more]), HBox([self.button, self.state])
-        for widget, name in ((row, "row"), (again, "row"), (self.button, "start"), (self.state, "status")): widget.add_class(f"ft-{name}")
+        for widget, name in ((row, "row"), (row, "form"), (again, "row"), (self.button, "start"), (self.state, "status")): widget.add_class(f"ft-{name}")
         title = HTML(look(figure("Start a run", "A setting that is not asked for stands below as in a file, such as training: {seed: 1}.")))
         super().__init__([HTML(f"<style>{PANEL_CSS}</style>", layout={"display": "none"}), title, row, again, self.alert, self.below])
         self.add_class("ft-panel")
         self.tell()
 
-    def written(self) -> list[Any]: return [*self.boxes.values(), self.more]
+    def written(self) -> list[Any]:  # widgets
+        "List the boxes that make the configuration."
+        return [*self.boxes.values(), self.more]
     def config(self) -> Config:
         "Check what stands in the form."
         return checked(merged({key: box.value for key, box in self.boxes.items()}, self.more.value))
@@ -113,7 +116,10 @@ class StartPanel(VBox):
         rows = [(box.description, box.value) for box in self.boxes.values()]
         return styled(figure("Start a run", "What stands in the form.", table(("setting", "value"), rows, "Settings")))
 
-    def still(self) -> dict[str, str]: return {"text/plain": "StartPanel", "text/html": self.picture()}
+    def still(self) -> dict[str, str]:  # by MIME type
+        "Give what is shown where no kernel is."
+        return {"text/plain": "StartPanel", "text/html": self.picture()}
+
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]: return with_still(super()._repr_mimebundle_(**kwargs), self.still())
 
     def close(self) -> None:

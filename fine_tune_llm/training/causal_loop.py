@@ -57,10 +57,10 @@ def collate(rows: Sequence[Mapping[str, Any]],  # of a step, with input_ids, lab
             plan: CausalPlan,  # packed or padded
             pad_id: int,  # token id to fill up with
             limit: int = 512,  # tokens in a packed row
-           ) -> dict[str, Any]:  # parts: batches as the model takes them; rows: numbers of the rows
+           ) -> dict[str, Any]:  # parts: batches as the model takes them; rows: numbers of the rows; tokens: how many these rows have
     "Lay out the rows of a step."
     parts = [pack_rows(part, pad_id, multiple=128) for part in share_rows(rows, limit)] if plan.packed else [pad_rows(rows, pad_id)]
-    return {"parts": parts, "rows": [row["row"] for row in rows]}
+    return {"parts": parts, "rows": [row["row"] for row in rows], "tokens": sum(len(row["input_ids"]) for row in rows)}
 
 # %% ../../nbs/training/528_causal_loop.ipynb #part-loss
 def part_loss(module: Any,  # a torch language model with its adapter

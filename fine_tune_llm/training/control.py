@@ -44,6 +44,7 @@ class Listener(TrainerCallback):
         self.live, self.again = {}, []  # type: dict[str, int], list[tuple[int, dict[str, Any]]]
         self.stopped, self.paused, self.began, self.first, self.waited, self.judged = False, False, 0.0, 0, 0.0, False
         self.idle = threading.Event()  # never set: to wait on
+        self.held: Callable[[], int] | None = None  # reads how many bytes are held
         self.file = LiveFile(run)
 
     def on_train_begin(self,
@@ -128,8 +129,10 @@ def log_step(listener: Listener,  # whose clock and run to use
         raise TrainingError(f"the loss is {logs['loss']} at step {state.global_step}", where=str(listener.run.path),
                             fix="lower learning_rate, or resume from the last checkpoint with a lower one")
     rate = done * args.per_device_train_batch_size * args.gradient_accumulation_steps * world()[1] / elapsed
+    more = {"padding": logs.get("padding"), "memory_bytes": listener.held() if listener.held else None}
     listener.run.log("step", step=state.global_step, epoch=state.epoch, loss=logs["loss"], learning_rate=logs.get("learning_rate"),
-                     grad_norm=logs.get("grad_norm"), rows_per_second=rate, eta_s=seconds_left(elapsed, done, state.max_steps - state.global_step))
+                     grad_norm=logs.get("grad_norm"), rows_per_second=rate, eta_s=seconds_left(elapsed, done, state.max_steps - state.global_step),
+                     **{k: v for k, v in more.items() if v is not None})
     if listener.progress: listener.progress(state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
 
 # %% ../../nbs/training/520_control.ipynb #save-step

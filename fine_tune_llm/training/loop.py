@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['epoch_order', 'EpochOrder', 'refuse_unknown', 'schedule_options', 'Settings', 'check_ranges', 'check_settings',
            'refuse_unresumable', 'parameter_groups', 'total_steps', 'training_arguments', 'refuse_broken',
-           'ordered_trainer', 'with_penalty', 'finish_trainer', 'torch_zero', 'class_rows', 'with_idle',
-           'class_collate', 'make_trainer']
+           'ordered_trainer', 'count_padding', 'with_penalty', 'finish_trainer', 'torch_zero', 'class_rows',
+           'with_idle', 'class_collate', 'make_trainer']
 
 # %% ../../nbs/training/526_loop.ipynb #imports
 import math
@@ -205,8 +205,8 @@ def ordered_trainer(lengths: Sequence[int],  # tokens of each row, for batches o
                     loss: Callable[[Any, dict[str, Any]], Any],  # of a module and a part of a batch, summed over its items
                     items: Callable[[dict[str, Any]], int],  # rows or tokens in a part: what the loss is a mean over
                     settings: Settings,  # of the run: batch_size, seed and the optimizer's groups
-                   ) -> type:  # of transformers' Trainer; a batch is {"rows": numbers, "parts": [inputs, ...]}
-    "Make a Trainer that keeps our order, averages over whole steps and stops at what is not finite."
+                   ) -> type:  # of transformers' Trainer; a batch is {"rows": numbers, "parts": [inputs, ...], "tokens": in these rows}
+    "Make a Trainer that keeps our order, averages over whole steps, counts padding and stops at what is not finite."
     from transformers import Trainer
     class OrderedTrainer(Trainer):
         seen: tuple[str, ...] = ()  # ids of the rows in this step
@@ -233,7 +233,21 @@ def ordered_trainer(lengths: Sequence[int],  # tokens of each row, for batches o
                 kind, options = self.get_optimizer_cls_and_kwargs(self.args)
                 self.optimizer = kind(parameter_groups(self.model, settings), **options)
             return self.optimizer
-    return OrderedTrainer
+    return count_padding(OrderedTrainer)
+
+# %% ../../nbs/training/526_loop.ipynb #count-padding
+def count_padding(kind: Any,  # a Trainer; a batch is {"parts": [inputs, ...], "tokens": in its rows, ...}
+                 ) -> type:  # the same, which says with each loss how much of the work was padding
+    "Let a Trainer report the share of places that held no token."
+    class CountingTrainer(kind):
+        laid: tuple[int, int] = (0, 0)  # tokens of rows, and places for tokens, since the last report
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            self.laid = self.laid[0] + inputs.pop("tokens"), self.laid[1] + sum(part["input_ids"].numel() for part in inputs["parts"])
+            return super().training_step(model, inputs, *args, **kwargs)
+        def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            if "loss" in logs and self.laid[1]: logs, self.laid = {**logs, "padding": round(1 - self.laid[0] / self.laid[1], 4)}, (0, 0)
+            super().log(logs, *args, **kwargs)
+    return CountingTrainer
 
 # %% ../../nbs/training/526_loop.ipynb #with-penalty
 def with_penalty(value: Any,  # the sum of the losses of a part, a tensor
@@ -278,7 +292,8 @@ def class_collate(batch: Sequence[Mapping[str, Any]],  # of `class_rows`
                  ) -> dict[str, Any]:  # one part, and the numbers of its rows
     "Pad rows to one length."
     known = [r for r in batch if r["row"] >= 0]
-    return {"parts": [pad([{k: r[k] for k in ("input_ids", "labels")} for r in known or batch[:1]])], "rows": [r["row"] for r in known]}
+    return {"parts": [pad([{k: r[k] for k in ("input_ids", "labels")} for r in known or batch[:1]])], "rows": [r["row"] for r in known],
+            "tokens": sum(len(r["input_ids"]) for r in known)}
 
 # %% ../../nbs/training/526_loop.ipynb #trainer
 def make_trainer(model: Model,  # whose padding, device and dtype to use

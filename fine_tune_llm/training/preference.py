@@ -13,6 +13,7 @@ import inspect
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from fine_tune_llm.training.margins import (
     flat_figures,
     preference_figures,
 )
+from .preflight import held_memory
 from fine_tune_llm.training.recipes import (
     PreferenceSettings,
     build_base,
@@ -273,6 +275,7 @@ def train_on_preferences(run: PreferenceRun,  # that was opened
     place, records = checkpoint_to_resume(run) if resume else None, run_records(run)
     measure = None if run.validation is None else lambda: flat_figures(figures_of(run, trainer.model, run.validation))  # type: ignore[arg-type]
     listener = Listener(run, facts, flag, measure, progress)
+    listener.held = partial(held_memory, model.device)
     trainer: Any = make_preference_trainer(model, records, s, run.path / "checkpoints" / ".work", [listener, reward_listener(run)], [trl_reward(r) for r in run.rewards])
     facts |= dict(rows=len(records), method=s.method, device=model.device, dtype=model.dtype, **describe(trainer.model))
     referee = Referee(run, Settings(), trainer.model, measure or dict, listener.live)  # looks after each epoch, and chooses nothing

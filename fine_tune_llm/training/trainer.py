@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from .class_losses import split_abstention
 from .corpus import Corpus
 from .fingerprint import digest, flatten, library_versions, refuse_differences
 from .loop import Settings, refuse_unresumable, total_steps
-from .preflight import Preflight, keep_peak, keep_preflight
+from .preflight import Preflight, held_memory, keep_peak, keep_preflight
 from .processes import connect, gather, world
 from .sitting import close_run, note_failure, sitting, take_over
 from fine_tune_llm.training.tasks import (
@@ -158,7 +159,7 @@ def train_module(run: TrainingRun,  # that was opened
     if plan := plan_facts(trainer): run.write_json("plan.json", plan)
     listener.facts |= {k: v for k, v in plan.items() if k != "notes"}
     referee = Referee(run, settings, module, measure or dict, listener.live)
-    listener.judged = bool(settings.best_by)
+    listener.judged, listener.held = bool(settings.best_by), partial(held_memory, model.device)
     if measure: trainer.callback_handler.callbacks.insert(0, referee)  # before the listener, which seals what the referee writes
     if place: load_standing(referee, Path(place))
     if not referee.over: trainer.train(resume_from_checkpoint=place)
