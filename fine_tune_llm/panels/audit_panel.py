@@ -46,14 +46,16 @@ from .panel import PANEL_CSS, guard
 from ..uncertainty.predictions import Predictions
 
 # %% ../../nbs/panels/670_audit_panel.ipynb #choices
-def group_choices(r: AuditReport) -> list[tuple[str, str]]:  # (what is shown, "column = group"), nothing chosen first
+def group_choices(r: AuditReport,  # of `audit`
+                 ) -> list[tuple[str, str]]:  # (what is shown, "column = group"), nothing chosen first
     "List the groups of a report, those with the most fails first."
     fails: dict[str, int] = {}
     for row in r.rows: fails[key_of(row)] = fails.get(key_of(row), 0) + (row.verdict == "fail")
     def said(k: str) -> str: return visible(k) + (f" ({fails[k]} fail{'s' * (fails[k] == 1)})" if fails[k] else "")
     return [("no group", ""), *((said(k), k) for k in sorted(fails, key=lambda k: -fails[k]))]
 
-def metric_choices(r: AuditReport) -> list[str]:  # "all" first
+def metric_choices(r: AuditReport,  # of `audit`
+                  ) -> list[str]:  # "all" first
     "List the metrics of a report."
     return ["all", *dict.fromkeys(row.metric for row in r.rows)]
 
@@ -172,7 +174,8 @@ class AuditPanel(VBox):
         self.observe(guard(self, lambda change: draw_choice(self, change["name"])), ["sort", "verdict", "metric", "group", "texts"])
         draw_all(self)
 
-    def act(self, work: Callable[[], str]) -> Callable[..., Any]:  # a callback for a button
+    def act(self, work: Callable[[], str],  # gives words for the status line
+           ) -> Callable[..., Any]:  # a callback for a button
         "Wrap what a button does: its words go to the status line, its error to the alert line."
         def done(*_: Any) -> None:
             self.alert.value = ""
@@ -275,7 +278,8 @@ def draw_all(panel: AuditPanel,  # whose pieces are still empty
     for draw in (draw_table, draw_examples, draw_dossier): draw(panel)
     tell(panel, f"{len(panel.report.rows)} lines, sorted by {panel.sort}.")
 
-def panel_picture(panel: AuditPanel) -> str:  # HTML with its style sheet
+def panel_picture(panel: AuditPanel,  # sorted and filtered as it is now
+                 ) -> str:  # HTML with its style sheet
     "Draw a panel as it stands, without widgets and without texts."
     table = table_html(panel.report.rows, panel.report.tolerance, panel.sort, panel.verdict, panel.metric)
     slices = slices_html(panel.slices) if panel.slices else ""

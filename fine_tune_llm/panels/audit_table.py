@@ -34,11 +34,13 @@ from ..uncertainty.predictions import Predictions
 # %% ../../nbs/panels/665_audit_table.ipynb #arrange
 SORTS, KEPT = ("worst", "metric", "group"), ("all", "fail", "not enough evidence", "pass")
 
-def key_of(r: GroupRow) -> str:  # "column = group"
+def key_of(r: GroupRow,  # a line of the report
+          ) -> str:  # "column = group"
     "Name the group of a line."
     return f"{r.column} = {r.group}"
 
-def severity(r: GroupRow) -> tuple[int, float]:  # smaller is worse
+def severity(r: GroupRow,  # a line of the report
+            ) -> tuple[int, float]:  # smaller is worse
     "Rank a line by its verdict, then by its gap in tolerances."
     return KEPT.index(r.verdict), -abs(r.gap.value) / r.tolerance if r.gap else 0.0
 
@@ -64,7 +66,9 @@ def label_html(r: GroupRow,  # a line
     column = f'<span class="quiet">{escape(visible(cut(r.column)))}</span>'
     return {"worst": f"{metric}<br/>{column} {group}", "metric": group, "group": metric}[sort]
 
-def heading_of(r: GroupRow, sort: str) -> str:  # "" where lines stand alone
+def heading_of(r: GroupRow,  # a line of the report
+               sort: str,  # "worst", "group" or "metric"
+              ) -> str:  # "" where lines stand alone
     "Say what a line shares with its neighbours."
     if sort == "worst": return ""
     column = escape(visible(cut(r.column)))
@@ -95,7 +99,9 @@ def wide_html(name: str,  # what a screen reader calls it
     return f'<div class="wide-table" role="region" aria-label="{escape(name)}" tabindex="0">{html}</div>'
 
 # %% ../../nbs/panels/665_audit_table.ipynb #table
-def span_of(rows: Sequence[GroupRow], tolerance: float) -> float:  # half width, a share
+def span_of(rows: Sequence[GroupRow],  # lines of the report
+            tolerance: float,  # of the audit, a share
+           ) -> float:  # half width, a share
     "Choose an axis on which every gap of a report has its place, whatever is shown of it."
     return max([3 * tolerance, *(ceil(20 * abs(r.gap.value) + .2) / 20 for r in rows if r.gap and r.hits is not None)])
 
@@ -151,7 +157,9 @@ def example_rows(preds: Predictions,  # rows with true classes
                          for i in at], columns=["id", "truth", "answer", "confidence", "text"])
 
 # %% ../../nbs/panels/665_audit_table.ipynb #examples-table
-def shown_text(text: str | None, show: bool) -> str:  # HTML
+def shown_text(text: str | None,  # of an example, None where none was kept
+               show: bool,  # the texts, or only their lengths
+              ) -> str:  # HTML
     "Show a text, or how long it is."
     if text is None: return '<span class="quiet">no text was given</span>'
     return escape(visible(cut(text, 300))) if show else f'<span class="quiet">hidden, {num(len(text), 0)} characters</span>'
@@ -181,7 +189,8 @@ def slices_html(s: SliceReport,  # of `find_slices`
     return f"<h4>{escape(s.title)}</h4>" + wide_html("Slices", f'<table class="slices"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
 
 # %% ../../nbs/panels/665_audit_table.ipynb #requirements
-def verdict_mark(word: str) -> str:  # HTML
+def verdict_mark(word: str,  # "pass", "fail", "not enough evidence", or of a waiver
+                ) -> str:  # HTML
     "Draw a verdict, or the mark of a waiver."
     return chip(word) if word in CHIP else f'<span class="chip dim dashed"><span>{escape(word)}</span></span>'
 

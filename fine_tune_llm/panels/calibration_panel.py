@@ -52,7 +52,8 @@ def need(fitted: TemperatureScaling,  # on validation rows
     word = "needed" if fitted.needed_ else "not shown to be needed"
     return f"Calibration is {word}: temperature {num(fitted.temperature_, 2)}, p {'< 0.001' if fitted.p_value_ < 0.001 else '= ' + num(fitted.p_value_)} for T = 1."
 
-def effect_frame(e: Effect) -> Any:  # pandas DataFrame
+def effect_frame(e: Effect,  # both diagrams and the test
+                ) -> Any:  # pandas DataFrame
     "Lay out the bins of both diagrams, then their errors."
     import pandas as pd
     rows = [(r.name, "bin", c, a.value, a.low, a.high, a.n) for r in e.parts for c, a in zip(r.confidence, r.accuracy)]

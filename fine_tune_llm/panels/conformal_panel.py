@@ -45,7 +45,8 @@ class SetGrid:
     words: tuple[str, ...]  # the promise of each rate
     column: str = ""  # of the groups
 
-    def at(self, alpha: float) -> int:  # place among the rates, from 0
+    def at(self, alpha: float,  # share of misses, 0 to 1
+          ) -> int:  # place among the rates, from 0
         "Find the rate nearest to one."
         return int(np.abs(self.alphas - alpha).argmin())
 

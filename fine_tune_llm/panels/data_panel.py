@@ -24,7 +24,8 @@ from .figure_panel import Drawn, FigurePanel, close_all
 from .panel import guard
 
 # %% ../../nbs/panels/625_data_panel.ipynb #proposals
-def merge_proposals(report: DataReport) -> list[dict[str, str]]:  # for each class: spelling -> the one that is proposed
+def merge_proposals(report: DataReport,  # of `check_data`
+                   ) -> list[dict[str, str]]:  # for each class: spelling -> the one that is proposed
     "Propose one spelling for each class that has several."
     return [{other: group[0] for other in group[1:]} for group in variants(list(report.labels))]
 

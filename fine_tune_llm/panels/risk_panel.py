@@ -43,7 +43,8 @@ class DecisionTable:
     n: int  # rows in all
     always: tuple[float, float]  # sum of the costs if every row were answered, and of their squares
 
-    def price(self, value: float) -> int:  # its place, from 0
+    def price(self, value: float,  # of asking a person, in units of cost
+             ) -> int:  # its place, from 0
         "Find the price nearest to one."
         return int(np.abs(self.prices - value).argmin())
 
@@ -163,7 +164,8 @@ def draw_policy(calibration: DecisionTable,  # rows that certify a threshold
     return Drawn(whole(policy_title(d)), note, plots, frame)
 
 # %% ../../nbs/panels/650_risk_panel.ipynb #marks
-def marks_of(top: float) -> np.ndarray:  # every price that the slider can stand at
+def marks_of(top: float,  # the largest price, above 0
+            ) -> np.ndarray:  # every price that the slider can stand at
     "List the prices from 0 to the top in round steps."
     step = tick_step(top, 100)
     return np.round(np.arange(round(top / step) + 1) * step, 12)
