@@ -67,7 +67,7 @@ def label_html(r: GroupRow,  # a line
     return {"worst": f"{metric}<br/>{column} {group}", "metric": group, "group": metric}[sort]
 
 def heading_of(r: GroupRow,  # a line of the report
-               sort: str,  # "worst", "group" or "metric"
+               sort: str,  # one of SORTS
               ) -> str:  # "" where lines stand alone
     "Say what a line shares with its neighbours."
     if sort == "worst": return ""
