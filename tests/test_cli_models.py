@@ -23,6 +23,8 @@ def steps(path: Path) -> int:
     return len(Run.attach(path).events("step")) if (path / "events.jsonl").exists() else 0
 
 
+SECRETS = {"HF_TOKEN": "hf_" + "Zq9" * 12, "FTLLM_SECRETS__HUB_TOKEN": "plain words nobody guesses", "DESK_PASSWORD": 'with "marks" in it'}
+
 @pytest.fixture(scope="module")
 def home(program, tmp_path_factory) -> SimpleNamespace:
     "A small classifier: started, interrupted, refused once, and ended. Beside it, rows that it has never seen."
@@ -32,15 +34,15 @@ def home(program, tmp_path_factory) -> SimpleNamespace:
     (home / "run.yaml").write_text("data: {path: weather.csv}\nmodel: {device: cpu, dtype: float32}\n"
                                    "training: {epochs: 4, batch_size: 16, learning_rate: 0.003, lora: {r: 4}}\ntrust: {abstain_cost: 0.3}\n")
     run = home / "run"
-    process = program.start("run", home / "run.yaml", "--out", run, until=lambda: steps(run))
+    process = program.start("run", home / "run.yaml", "--out", run, until=lambda: steps(run), **SECRETS)
     process.send_signal(signal.SIGINT)
     stopped = program.end(process)
     state, kept = Run.attach(run).state, (run / Run.attach(run).events("run_stopped")[0]["checkpoint"] / "manifest.json").exists()
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("epochs: 4", "epochs: 5"))  # another run, so it is refused by name
-    other = program("run", "--resume", run)
+    other = program("run", "--resume", run, **SECRETS)
     (run / "config.yaml").write_text(text)
-    done = program("--log-format", "json", "run", "--resume", run, "--json")
+    done = program("--log-format", "json", "run", "--resume", run, "--json", **SECRETS)
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(path=home, run=run, stopped=stopped, state=state, kept=kept, other=other, done=done)
 
@@ -112,6 +114,14 @@ def test_merge_export_and_push(program, home):
     listed = program("push", home.path / "merged", "me/weather", "--dry-run", "--json", HF_TOKEN="hf_" + "Zq9" * 12)
     assert listed.returncode == 0 and "model.safetensors" in json.loads(listed.stdout)["files"] and json.loads(listed.stdout)["url"] == ""
     assert "Zq9" not in listed.stdout + listed.stderr + (home.path / "merged" / "README.md").read_text()
+
+
+def test_no_secret_is_left_anywhere(home):
+    "Three starts had them in their environment: in no file, no event, no line."
+    files = [p for p in home.path.rglob("*") if p.is_file()]
+    told = [s.encode() for done in (home.stopped, home.other, home.done) for s in (done.stdout, done.stderr)]
+    assert len(files) > 30
+    for text in [*(p.read_bytes() for p in files), *told]: assert not any(s.encode() in text for s in ("Zq9Zq9", "nobody guesses", "marks"))
 
 
 def test_audit_and_verify_what_the_run_left(home):
