@@ -134,6 +134,8 @@ def test_audit_and_verify_what_the_run_left(home):
 def test_recommend_for_a_machine(program, home):
     done = program("recommend", home.path / "weather.csv", "--memory", "8", "--device", "cpu", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["fits"] and done.stderr == ""
+    small = program("recommend", home.path / "weather.csv", "--memory", "0.01", "--device", "cpu", "--json")
+    assert small.returncode == 1 and not json.loads(small.stdout)["fits"] and small.stderr == ""
 
 
 def test_a_run_is_steered_and_its_broken_promise_raises_an_alert(program, home, tmp_path):

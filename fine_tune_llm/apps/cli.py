@@ -149,7 +149,7 @@ def run(config: ConfigFile = None, changes: Changes = None, env: Env = None, out
     settings = chosen_config(config, resume, changes, env, out)
     if dry: return dry_run(settings, as_json)
     if settings.model.task != "sft": return run_and_show(settings, resume, accept or (), as_json)
-    LOG.info("free answers have no classes to calibrate: training alone; go on with merge, or with score and audit of your own")
+    LOG.info("free answers have no classes to calibrate: training alone; go on with merge and export")
     train_and_tell(settings, resume, accept or (), as_json, "run")
 
 # %% ../../nbs/apps/720_cli.ipynb #data
