@@ -1,6 +1,7 @@
 """The command line in processes of its own: the installed program, or a fork of a process that has imported it all, which costs a tenth."""
 import csv
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,8 @@ def shell(*args: object, cwd: Path | None = None, text: str = "", **environ: str
 
 def start(*args: object, cwd: Path | None = None, **environ: str) -> subprocess.Popen:
     "Start the installed program."
-    return subprocess.Popen([*PROGRAM, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment(**environ))
+    return subprocess.Popen([*PROGRAM, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment(**environ),
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # tests in the background ignore it, and a child would too
 
 
 def work(args: list[str], box: str, cwd: str | None, environ: dict[str, str]) -> None:
@@ -38,6 +40,7 @@ def work(args: list[str], box: str, cwd: str | None, environ: dict[str, str]) ->
         os.dup2(os.open(f"{box}/{name}", mode), fd)
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")): setattr(sys, name, open(fd, mode, closefd=False))
     os.environ.update(environ)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if cwd: os.chdir(cwd)
     import torch
 

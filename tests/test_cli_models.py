@@ -189,7 +189,7 @@ def test_free_answers_are_trained_by_train_and_by_run(program, tmp_path):
 
 @pytest.mark.slow
 def test_the_demonstration(program, tmp_path):
-    done = program("demo", "--rows", "10", "--out", tmp_path / "run", "--json")
+    done = program("demo", "--rows", "30", "--out", tmp_path / "run", "--json")
     assert done.returncode == 0 and Path(json.loads(done.stdout)["bundle"]).is_dir() and "docstrings of " in done.stderr, done.stderr
 
 

@@ -79,12 +79,12 @@ def last_words(error: BaseException,  # that ended a command
     return redact(f"error: {error}"), 1  # the last door before a terminal or a log
 
 # %% ../../nbs/apps/720_cli.ipynb #begin
-class LogFormat(str, Enum):
+class LogFormat(Enum):
     "Name the forms of a line of the log."
     console = "console"  # for a person
     json = "json"  # for a program
 
-class LogLevel(str, Enum):
+class LogLevel(Enum):
     "Name how much is told."
     debug = "debug"  # each step of a training
     info = "info"  # what happens
@@ -134,7 +134,7 @@ def run_and_show(config: Any,  # a Config
 # %% ../../nbs/apps/720_cli.ipynb #demo
 @app.command()
 def demo(out: Annotated[Optional[str], typer.Option(help="Run folder; runs/DATE-pocket where not given.")] = None,
-         rows: Annotated[Optional[int], typer.Option(help="Rows per library on each side, for a quick look.", min=10)] = None,
+         rows: Annotated[Optional[int], typer.Option(help="Rows per library on each side, for a quick look.", min=30)] = None,
          seed: Annotated[int, typer.Option(help="Of the data, the adapter and the order.")] = 0,
          as_json: Json = False) -> None:
     "Tune, calibrate, promise, decide and audit on embedded data: no network, no account, no GPU."
