@@ -108,7 +108,8 @@ def begin(ctx: typer.Context,  # of the command that follows
 def not_failed(record: logging.LogRecord,  # of a run
               ) -> bool:
     "Keep back the event of a failure, which ends the command and is told then."
-    return getattr(record, "fields", {}).get("event") != "run_failed"
+    from fine_tune_llm.core.logs import fields_of
+    return fields_of(record).get("event") != "run_failed"
 
 # %% ../../nbs/apps/720_cli.ipynb #finish
 LOG = logging.getLogger(__name__)
