@@ -80,7 +80,7 @@ def test_the_harvest_shows_a_bar_or_lines(monkeypatch, capsys):
 
 def test_errors_as_lines_and_as_json(tmp_path):
     (tmp_path / "run.yaml").write_text("data: {path: a.csv, lable: label}\n")
-    refused(shell("config", "show", "run.yaml", cwd=tmp_path), "data.lable is no setting")
+    for command in (["config", "show"], ["run"], ["train"]): refused(shell(*command, "run.yaml", cwd=tmp_path), "data.lable is no setting", "data.label is")
     for done in (shell("--log-format", "json", "config", "show", "run.yaml", cwd=tmp_path), shell("config", "show", "run.yaml", cwd=tmp_path, FTLLM_LOG_FORMAT="JSON")):
         told = json.loads(done.stderr)
         assert done.returncode == 1 and done.stdout == "" and told["level"] == "error" and told["message"].startswith("data.lable is no setting")
