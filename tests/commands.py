@@ -1,6 +1,7 @@
 """The command line in processes of its own: the installed program, or a fork of a process that has imported it all, which costs a tenth."""
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,7 +67,9 @@ class Forked:
 
     def end(self) -> Done:
         self.process.join(120)
-        return Done(self.args, self.process.exitcode, (self.box / "out").read_text(), (self.box / "err").read_text())
+        done = Done(self.args, self.process.exitcode, (self.box / "out").read_text(), (self.box / "err").read_text())
+        shutil.rmtree(self.box)
+        return done
 
 
 def fork(*args: object, cwd: Path | None = None, text: str = "", **environ: str) -> Done:
