@@ -4,8 +4,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, hypergeom
 
 from fine_tune_llm.core.alerts import (
     RULES,
@@ -15,6 +16,7 @@ from fine_tune_llm.core.alerts import (
     divergence,
     low_coverage,
     no_heartbeat,
+    short_of,
     tail,
     tell_alerts,
 )
@@ -67,6 +69,31 @@ def test_false_alarms_of_coverage_are_rare():
     "A promise that is kept exactly is doubted with a probability below one in a hundred, whatever n."
     for n in (10, 100, 1000):
         assert sum(binom.pmf(k, n, 0.9) for k in range(n + 1) if tail(k, n, 0.9) < 0.01) < 0.01
+
+
+@pytest.mark.parametrize("n,k,m", [(1, 1, 1), (25, 24, 20), (50, 46, 5000), (500, 451, 40), (9, 10, 30)])
+def test_the_law_of_both_draws(n, k, m):
+    "The first k + h of n + m exchangeable scores hold at least k of calibration; a threshold beyond them covers everything."
+    for h in {0, m // 2, round(0.9 * m), m}:
+        assert short_of(h, m, n, k) == pytest.approx(hypergeom.sf(k - 1, n + m, n, k + h) if k <= n else float(h == m), rel=1e-7, abs=1e-300)
+
+
+def test_a_promise_on_few_rows_is_doubted_as_rarely_as_it_says(tmp_path):
+    "Fifty calibration rows, two thousand new ones, drawn again and again from one law; the binomial law alone would raise an alert in every third."
+    rng = np.random.default_rng(0)
+    scores = np.sort(rng.random((4000, 50)))[:, 45]  # rank 46 of 50: 0.9 is promised
+    hits = rng.binomial(2000, scores)
+    values, times = np.unique(hits, return_counts=True)
+    both, alone = (sum(t for h, t in zip(values.tolist(), times) if law(h) < 0.01) / 4000 for law in (lambda h: short_of(h, 2000, 50, 46), lambda h: tail(h, 2000, 0.9)))
+    assert both < 0.01 + 3 * np.sqrt(0.01 * 0.99 / 4000) and alone > 0.2
+    kept = dict(promised=0.9, n=2000, calibration_rows=50, rank=46, step=1)
+    for folder, share, told in (("a", 0.84, False), ("b", 0.6, True)):
+        assert bool(low_coverage(run_with(make(tmp_path / folder), ("covered", {"coverage": share, **kept})), 0.0)) is told
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_an_address_hears_each_alert_once(tmp_path):

@@ -1,14 +1,13 @@
 """`fine-tune-llm audit` and `verify` as a shell sees them: exit codes, JSON, and mistakes that end in one line."""
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from commands import shell
 from typer.testing import CliRunner
 
 from fine_tune_llm.apps.cli import app
@@ -18,16 +17,6 @@ from fine_tune_llm.core.labels import Labels
 from fine_tune_llm.uncertainty.conformal import ConformalClassifier
 from fine_tune_llm.uncertainty.predictions import Predictions
 from fine_tune_llm.uncertainty.risk import DecisionPolicy
-
-ROOT = Path(__file__).parents[1]
-SCRIPT = shutil.which("fine-tune-llm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-PROGRAM = [SCRIPT] if SCRIPT else [sys.executable, "-c", "from fine_tune_llm.apps.cli import main; main()"]
-
-
-def shell(*args: object) -> subprocess.CompletedProcess:
-    "Run the installed program on the package of this folder."
-    return subprocess.run([*PROGRAM, *map(str, args)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-
 
 def quick(*args: object) -> subprocess.CompletedProcess:
     "The same in this process, since each start of Python takes seconds."

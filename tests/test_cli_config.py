@@ -1,31 +1,12 @@
 """`fine-tune-llm config ...` and `doctor` as a shell sees them: the real program, with good input and with bad."""
 import json
-import os
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import refused, shell
 
-SCRIPT = Path(sys.executable).with_name("fine-tune-llm")
-PROGRAM = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-c", "from fine_tune_llm.apps.cli import main; main()"]
 RUN = "data: {path: desk.csv}\ntraining: {epochs: 5}\n"
-
-
-def shell(*args: object, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess:
-    "Run the program; a child finds the package where this process found it."
-    import fine_tune_llm
-    path = os.pathsep.join([str(Path(fine_tune_llm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run([*PROGRAM, *map(str, args)], capture_output=True, text=True, cwd=cwd, env={**os.environ, "PYTHONPATH": path, **environ})
-
-
-def refused(done: subprocess.CompletedProcess, *words: str, code: int = 1) -> None:
-    "Hold an answer against what a person shall see: one line, no traceback, no output."
-    assert done.returncode == code and done.stdout == "" and "Traceback" not in done.stderr
-    if code == 1: assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
-    for word in words: assert word in done.stderr, done.stderr
 
 
 @pytest.fixture
@@ -117,24 +98,3 @@ def test_doctor_looks_and_refuses(tmp_path):
     assert done.returncode == any(c["word"] == "fail" for c in found.values()) and "Traceback" not in done.stderr
     missing = shell("doctor", "--device", "tpu", cwd=tmp_path)
     assert missing.returncode == 1 and "no device 'tpu'" in missing.stdout and missing.stderr == ""
-
-
-def commands(*path: str) -> list[tuple[str, ...]]:
-    "Every command of the program, as its own tree lists them."
-    import typer
-
-    from fine_tune_llm.apps.cli import app
-    def walk(group, above): return [found for name, c in group.commands.items() for found in (walk(c, (*above, name)) if hasattr(c, "commands") else [(*above, name)])]
-    return walk(typer.main.get_command(app), ())
-
-
-def test_help_of_every_command_is_cheap():
-    names = commands()
-    assert len(names) >= 14 and ("config", "show") in names
-    for name in names:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = shell(*name, "--help")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0 and done.stdout.startswith("Usage: "), name
-        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        assert spent <= 0.5, (name, spent)

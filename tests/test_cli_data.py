@@ -1,17 +1,11 @@
 """`fine-tune-llm data FILE` as a shell sees it."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import shell
 
-PROGRAM = [sys.executable, "-c", "from fine_tune_llm.apps.cli import main; main()"]
 LEAKS = Path(__file__).parents[2] / "shared" / "data" / "malformed"
-
-
-def shell(*args: object) -> subprocess.CompletedProcess:
-    return subprocess.run([*PROGRAM, *map(str, args)], capture_output=True, text=True)
 
 
 def write(path: Path, rows: list[tuple[str, str]]) -> Path:

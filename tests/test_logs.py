@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fine_tune_llm.core.errors import ConfigurationError
-from fine_tune_llm.core.logs import configure_logging, log_as
+from fine_tune_llm.core.logs import configure_logging, log_as, logs, machine_reads
 from fine_tune_llm.core.runs import Run
 
 @pytest.fixture()
@@ -87,3 +87,38 @@ def test_nothing_is_printed_unless_asked_for(tmp_path: Path) -> None:
     code = "import sys; from fine_tune_llm.core.runs import Run; Run.create(sys.argv[1]).log('run_failed', error='gone')"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_record_with_odd_fields_harms_nobody(lines: io.StringIO, steps: int, capsys: pytest.CaptureFixture) -> None:
+    log = configure_logging(stream=lines, steps=steps)
+    for fields in (None, 7, ["event"], {"event": "step"}, {"event": "step", "step": None}, {"event": "run_started", "total_steps": None}, {"event": 3, "x": 0.123456}):
+        log.info("told", extra={"fields": fields})
+    assert len(lines.getvalue().splitlines()) == 7 and "3: x 0.1235" in lines.getvalue() and capsys.readouterr().err == ""
+
+
+def test_steps_of_two_runs_are_told_apart(lines: io.StringIO, tmp_path: Path) -> None:
+    configure_logging(stream=lines, steps=2, json=True)
+    a, b = Run.create(tmp_path / "a"), Run.create(tmp_path / "b")
+    a.log("run_started", total_steps=100), b.log("run_started", total_steps=10)
+    for step in range(1, 101):
+        a.log("step", step=step)
+        if step <= 10: b.log("step", step=step)
+    told = [json.loads(line) for line in lines.getvalue().splitlines()]
+    assert [(t["run"], t["fields"]["step"], t["level"]) for t in told if t["fields"]["event"] == "step"] == [
+        ("a", 1, "info"), ("b", 1, "info"), ("b", 5, "info"), ("b", 10, "info"), ("a", 50, "info"), ("a", 100, "info")]
+
+
+def test_logs_for_a_while(lines: io.StringIO) -> None:
+    logger = logging.getLogger("fine_tune_llm")
+    before = logger.level, logger.propagate, logger.handlers[:]
+    with pytest.raises(ValueError), logs("debug", stream=lines) as log:
+        log.debug("inside")
+        assert not machine_reads()
+        with logs(json=True, stream=lines):
+            log.info("within")
+            assert machine_reads()
+        log.debug("inside again")
+        raise ValueError
+    log.warning("outside")
+    assert (logger.level, logger.propagate, logger.handlers) == before and [("{" in x) for x in lines.getvalue().splitlines()] == [False, True, False]

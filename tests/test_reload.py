@@ -56,3 +56,27 @@ def test_what_may_not_change_is_named_once(run):
     assert fixed["fields"] == ["training.epochs", "training.batch_size"]
     assert "learning_rat is no setting" in slip["reason"] and "training.learning_rate is" in slip["reason"]
     assert run.state == "finished" and run.verify().torn == 0 and len(run.commands()) == 1
+
+
+def test_a_resumed_run_keeps_what_the_file_had_changed(tmp_path, monkeypatch):
+    "The file halves the rate at step 5 of two runs; one is stopped at step 9 and goes on: it ends with the same bytes as the other."
+    import fine_tune_llm.training.control as control
+    look = control.LiveFile.look
+
+    def edited(live: control.LiveFile) -> None:
+        n = len(live.run.events("step"))
+        if n == 4: (live.run.path / "live.yaml").write_text("training: {evaluate_every: 7, learning_rate: 0.0005}\n")
+        if n == 8 and live.run.path.name == "stopped" and not live.run.events("run_stopped"): live.run.stop()
+        look(live)
+
+    monkeypatch.setattr(control.LiveFile, "look", edited)
+    model, data = load_model("pocket", device="cpu", dtype="float32"), load_data(rows())
+    options = dict(lora={"r": 2, "lora_dropout": 0.0}, epochs=3, batch_size=8, learning_rate=1e-3, scheduler="constant", warmup=0.0, progress=False, sections={"data": {"path": "memory.csv"}})
+    whole, stopped = finetune(model, data, out=tmp_path / "whole", **options), finetune(model, data, out=tmp_path / "stopped", **options)
+    assert stopped.state == "stopped" and stopped.status.step == 9 < whole.status.step
+    stopped = finetune(model, data, resume=stopped.path, **options)
+    assert stopped.state == "finished"
+    rates = [{e["step"]: e["learning_rate"] for e in r.events("step")} for r in (whole, stopped)]
+    assert rates[0] == rates[1] and rates[1][whole.status.step] == pytest.approx(5e-4)
+    assert len(stopped.events("config_reloaded")) == 1  # the file has not changed since
+    assert (whole.path / "adapter/adapter_model.safetensors").read_bytes() == (stopped.path / "adapter/adapter_model.safetensors").read_bytes()

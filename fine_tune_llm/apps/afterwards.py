@@ -46,14 +46,15 @@ def labelled_rows(source: Any,  # anything that `read_rows` takes
     return make_split(frame.assign(id=unique_ids(list(frame["id"]))), "test", labels)
 
 # %% ../../nbs/apps/714_afterwards.ipynb #evaluate
-def bundle_folder(path: str | Path) -> Path:  # a bundle, or a run folder that holds one
+def bundle_folder(path: str | Path,  # a bundle, or a run folder that holds one
+                 ) -> Path:  # of the bundle
     "Find the bundle."
     found = [p for p in (Path(path), Path(path) / "bundle") if (p / "bundle.json").is_file()]
     if not found: raise InferenceError("no bundle here", where=str(path), fix="name a bundle, or a run folder that fine-tune-llm run has finished")
     return found[0]
 
-def judge_rows(b: Bundle,
-               split: Split,
+def judge_rows(b: Bundle,  # the system
+               split: Split,  # rows with their true classes
                trained: Sequence[str] | None = None,  # ids of the training rows; None where nobody knows
               ) -> Predictions:  # before calibration
     "Let a system score rows whose truth is known."

@@ -52,13 +52,18 @@ class Answer:
         head = self.decision or "abstain: ask a person"
         return f"{head} (confidence {self.confidence:.2f} in {self.best_guess}; the set holds {likely})"
 
-    def to_dict(self) -> dict[str, Any]: return {**asdict(self), "prediction_set": list(self.prediction_set)}
+    def to_dict(self) -> dict[str, Any]:
+        "Give the fields in JSON's own types."
+        return {**asdict(self), "prediction_set": list(self.prediction_set)}
 
 # %% ../../nbs/apps/700_bundle.ipynb #decide
 def decide_texts(texts: Sequence[str],  # n texts
                  score: Callable[[Sequence[str]], np.ndarray],  # texts -> logits, shape [n, K]
-                 labels: Labels, cal: Any, sets: ConformalClassifier, policy: DecisionPolicy,
-                ) -> list[Answer]:
+                 labels: Labels,  # the K classes
+                 cal: Any,  # a fitted calibrator
+                 sets: ConformalClassifier,  # fitted
+                 policy: DecisionPolicy,  # fitted
+                ) -> list[Answer]:  # in the order of the texts
     "Decide about each text."
     ids = [row_id(t) for t in texts]
     first = {i: text for i, text in reversed(list(zip(ids, texts)))}  # one row per distinct text
@@ -69,7 +74,8 @@ def decide_texts(texts: Sequence[str],  # n texts
     return [answers[i] for i in ids]
 
 # %% ../../nbs/apps/700_bundle.ipynb #recipe
-def template_of(recipe: dict[str, Any]) -> Template:
+def template_of(recipe: dict[str, Any],  # its name and parts, as a bundle keeps them
+               ) -> Template:
     "Make a template again from the line that describes it."
     kinds: dict[str, Callable[..., Template]] = {"label-words": label_words, "completion": completion}
     parts = {k: v for k, v in recipe.items() if k != "name"}
@@ -82,12 +88,12 @@ def template_of(recipe: dict[str, Any]) -> Template:
 @dataclass(frozen=True, eq=False, repr=False)
 class Bundle:
     "Hold a decision system: a model and all that makes it trustworthy."
-    model: Model
+    model: Model  # the base
     module: Any  # the adapted torch model
-    labels: Labels
+    labels: Labels  # the K classes
     cal: Any  # a fitted calibrator, such as TemperatureScaling
-    sets: ConformalClassifier
-    policy: DecisionPolicy
+    sets: ConformalClassifier  # fitted
+    policy: DecisionPolicy  # fitted
     report: AuditReport | None = None  # absent when loaded: its files are in `folder`
     max_length: int | None = None  # tokens of a text
     template: Template | None = None  # of a model that answers with class names
@@ -108,12 +114,20 @@ class Bundle:
         answers = decide_texts(many, self.score, self.labels, self.cal, self.sets, self.policy) if many else []
         return answers[0] if isinstance(texts, str) else answers
 
-    def score(self, texts: Sequence[str]) -> np.ndarray: return score_bundle(self, texts)  # logits, shape [n, K]
-    def save(self, folder: str | Path) -> Path: return save_bundle(self, Path(folder))
+    def score(self, texts: Sequence[str]) -> np.ndarray:  # logits, shape [n, K]
+        "Compute the logits of texts."
+        return score_bundle(self, texts)
+
+    def save(self, folder: str | Path) -> Path:  # the folder, which must not exist before
+        "Write the bundle, whole or not at all."
+        return save_bundle(self, Path(folder))
+
     def __repr__(self) -> str: return f"Bundle({self.model.name} with adapter, {len(self.labels)} classes, {self.sets!r}, {self.policy!r})"
 
 # %% ../../nbs/apps/700_bundle.ipynb #score
-def score_bundle(b: Bundle, texts: Sequence[str]) -> np.ndarray:  # logits, shape [n, K]
+def score_bundle(b: Bundle,  # made or loaded
+                 texts: Sequence[str],  # n texts
+                ) -> np.ndarray:  # logits, shape [n, K]
     "Compute the logits of texts."
     if b.template: return score_label_words(b.model, b.module, texts, b.labels, b.template)
     return score_texts(b.model, b.module, texts, max_length=b.max_length)[:, :len(b.labels)]
@@ -121,7 +135,7 @@ def score_bundle(b: Bundle, texts: Sequence[str]) -> np.ndarray:  # logits, shap
 # %% ../../nbs/apps/700_bundle.ipynb #make
 def bundle(run: TrainingRun,  # a finished run
            cal: Any, sets: ConformalClassifier, policy: DecisionPolicy,  # each fitted
-           report: AuditReport | None = None,
+           report: AuditReport | None = None,  # on test rows
           ) -> Bundle:
     "Collect a decision system."
     module = trained_module(run)
@@ -132,13 +146,15 @@ def bundle(run: TrainingRun,  # a finished run
     return Bundle(run.model, module, labels, cal, sets, policy, report, run.settings.max_length, template, plan["arithmetic"]["dtype"] if plan else None)
 
 # %% ../../nbs/apps/700_bundle.ipynb #merged
-def refuse_merged_trust(model: Model, *parts: Any) -> None:
+def refuse_merged_trust(model: Model,  # merged, with a certificate.json beside its weights
+                        *parts: Any,  # fitted calibrators and sets
+                       ) -> None:
     "Refuse promises that were fitted before the weights were merged, where the certificate says that they no longer hold."
     if not (Path(model.path) / "certificate.json").is_file():
         raise ModelError("the merged model has no certificate", where=model.path, fix="write it with merge(...), which makes one")
     refuse_old_trust(read_certificate(Path(model.path) / "certificate.json"), *parts)
 
-def merge_bundle(b: Bundle,
+def merge_bundle(b: Bundle,  # with an adapter
                  folder: str | Path,  # that `merge` wrote from the same run
                  cal: Any = None, sets: ConformalClassifier | None = None, policy: DecisionPolicy | None = None,  # fitted anew on the merged model; None: those of the bundle
                 ) -> Bundle:
@@ -151,7 +167,8 @@ def merge_bundle(b: Bundle,
     return replace(made, module=bundle_module(model, b.labels, None, None, None).eval())
 
 # %% ../../nbs/apps/700_bundle.ipynb #module-of
-def bundle_module(model: Model, labels: Labels,
+def bundle_module(model: Model,  # the base, or merged
+                  labels: Labels,  # the classes
                   outputs: list[str] | None,  # of the head, where they are more than the classes
                   frozen: str | None,  # number format of the frozen weights
                   adapter: Path | None,  # its folder; None where it is merged
@@ -164,7 +181,9 @@ def bundle_module(model: Model, labels: Labels,
     return load_adapter(base, adapter) if adapter else base.eval()
 
 # %% ../../nbs/apps/700_bundle.ipynb #save
-def save_bundle(b: Bundle, folder: Path) -> Path:
+def save_bundle(b: Bundle,  # made or loaded
+                folder: Path,  # that must not exist
+               ) -> Path:  # the same
     "Write a bundle, whole or not at all."
     if folder.exists(): raise InferenceError("the folder exists", where=str(folder), fix="choose a new one, or remove it")
     draft = folder.with_name(f".{folder.name}.part")
@@ -188,7 +207,8 @@ def save_bundle(b: Bundle, folder: Path) -> Path:
 # %% ../../nbs/apps/700_bundle.ipynb #refuse
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".joblib", ".ckpt", ".npy"}  # suffixes of files that can run code when opened
 
-def check_bundle(folder: Path) -> None:
+def check_bundle(folder: Path,  # that may hold a bundle
+                ) -> None:
     "Refuse a folder that is no bundle, or was changed."
     if not (folder / "bundle.json").is_file(): raise InferenceError("this is no bundle", where=str(folder), fix="pass a folder that Bundle.save wrote")
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() or p.is_symlink()} - {"manifest.json", "bundle.json"}

@@ -87,7 +87,8 @@ def doctor(device: Annotated[Optional[str], typer.Option(help="cuda, mps or cpu;
     typer.echo(json.dumps([asdict(c) for c in found], ensure_ascii=False) if as_json else "\n".join(map(str, found)))
     if any(c.word == "fail" for c in found): raise typer.Exit(1)
 
-def add_config_commands(app: typer.Typer) -> None:
+def add_config_commands(app: typer.Typer,  # to add to
+                       ) -> None:
     "Add `config` and `doctor` to a command line."
     app.add_typer(config_app, name="config")
     app.command()(doctor)

@@ -24,9 +24,9 @@ from ..models.devices import device_plan, free_memory, size
 @dataclass(frozen=True)
 class Check:
     "Hold what one look at the machine found."
-    name: str
+    name: str  # of what was looked at
     word: str  # "ok", "warn" or "fail"
-    found: str
+    found: str  # in words
     fix: str = ""  # one line, for warn and fail
 
     def __str__(self) -> str: return f"{self.word:5}{self.name:10}{self.found}" + (f". Fix: {self.fix}" if self.fix else "")
