@@ -79,7 +79,8 @@ def evaluate(path: str | Path,  # a bundle, or a run folder that holds one
     return audit(preds, b.sets, b.policy, groups=list(groups), tolerance=tolerance, before=raw), preds
 
 # %% ../../nbs/apps/714_afterwards.ipynb #compare
-def saved_system(path: str | Path) -> tuple[Predictions, dict[str, Any]]:  # predictions, and "sets" and "policies" if it has any
+def saved_system(path: str | Path,  # a run folder, or a file of predictions
+                ) -> tuple[Predictions, dict[str, Any]]:  # predictions, and "sets" and "policies" if it has any
     "Read what a system said on its test rows."
     path = Path(path)
     if not path.is_dir(): return Predictions.load(path), {}
@@ -132,7 +133,8 @@ def merge_saved(path: str | Path,  # a finished run folder
     labels = rows.labels if isinstance(rows, Split) else saved_labels(run.path) if model.task == "classification" else None
     return merge(TrainingRun(run.path, model, None, Settings(max_length=config.training.max_length)), None, out, rows, labels, dtype=dtype, **fitted)
 
-def saved_labels(path: Path) -> Labels:  # a run folder
+def saved_labels(path: Path,  # a run folder
+                ) -> Labels:
     "Find the classes of a finished run."
     if (path / "predictions" / "test.parquet").is_file(): return Predictions.load(path / "predictions" / "test.parquet").labels
     raise InferenceError("the run does not say which classes it has", where=str(path), fix="finish it with fine-tune-llm run")

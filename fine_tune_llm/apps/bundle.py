@@ -115,11 +115,11 @@ class Bundle:
         return answers[0] if isinstance(texts, str) else answers
 
     def score(self, texts: Sequence[str]) -> np.ndarray:  # logits, shape [n, K]
-        "Compute the logits of texts."
+        "Compute the logits of `texts`, n strings."
         return score_bundle(self, texts)
 
     def save(self, folder: str | Path) -> Path:  # the folder, which must not exist before
-        "Write the bundle, whole or not at all."
+        "Write the bundle to `folder`, whole or not at all."
         return save_bundle(self, Path(folder))
 
     def __repr__(self) -> str: return f"Bundle({self.model.name} with adapter, {len(self.labels)} classes, {self.sets!r}, {self.policy!r})"

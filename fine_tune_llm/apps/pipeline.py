@@ -173,7 +173,8 @@ def demo_config(out: str | None = None,  # the run folder
                   trust=TrustSection(alpha=0.1, abstain_cost=0.4, max_risk=0.3))
 
 # %% ../../nbs/apps/710_pipeline.ipynb #table
-def summary_rows(o: Outcome) -> list[tuple[str, str, str, str]]:  # measure, value with interval, verdict, held against
+def summary_rows(o: Outcome,  # of `run_pipeline`
+                ) -> list[tuple[str, str, str, str]]:  # measure, value with interval, verdict, held against
     "List what a person should look at first."
     rows = [(f.name, told(f.estimate, f.digits) if f.estimate else "cannot be estimated", f.verdict, f.against) for f in o.report.summary]
     rows.insert(1, ("accuracy, TF-IDF", told(o.baseline_accuracy), "", "word counts and logistic regression, same rows"))
@@ -192,7 +193,8 @@ def gap_lines(o: Outcome,  # its report counts
     return [f"gaps between groups, tolerance {100 * o.report.tolerance:.0f} points: {counted}", *worst]
 
 # %% ../../nbs/apps/710_pipeline.ipynb #show
-def show_outcome(o: Outcome) -> Any:  # a rich Table
+def show_outcome(o: Outcome,  # of `run_pipeline`
+                ) -> Any:  # a rich Table
     "Lay out the summary for a terminal."
     from rich.table import Table
     from rich.text import Text

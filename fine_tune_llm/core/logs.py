@@ -33,7 +33,8 @@ def log_as(run: str,  # name of a run
     try: yield
     finally: RUN.reset(token)
 
-def run_of(record: logging.LogRecord) -> str:  # empty outside a run
+def run_of(record: logging.LogRecord,  # of the standard library's logging
+          ) -> str:  # empty outside a run
     "Name the run that a record belongs to."
     return str(getattr(record, "run", "") or RUN.get())
 
@@ -45,14 +46,16 @@ def clean(value: Any,  # plain data
     if isinstance(value, dict): return {redact(k): clean(v) for k, v in value.items()}
     return [clean(v) for v in value] if isinstance(value, list) else value
 
-def error_of(record: logging.LogRecord) -> str:  # with its traceback, "" without an error
+def error_of(record: logging.LogRecord,  # of the standard library's logging
+            ) -> str:  # with its traceback, "" without an error
     "Give the error of a record as text."
     return redact("".join(traceback.format_exception(*record.exc_info)).rstrip()) if record.exc_info and record.exc_info[0] else ""
 
 # %% ../../nbs/core/021_logs.ipynb #forms
 class JsonLines(logging.Formatter):
     "Write a record as one JSON object."
-    def format(self, record: logging.LogRecord) -> str:
+    def format(self, record: logging.LogRecord,  # of the standard library's logging
+              ) -> str:
         "Give the line, without its end."
         told = {"time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z", "level": record.levelname.lower(),
                 "logger": record.name, "run": run_of(record), "message": record.getMessage(),
@@ -61,18 +64,21 @@ class JsonLines(logging.Formatter):
 
 class Console(logging.Formatter):
     "Write a record as a line for a person."
-    def format(self, record: logging.LogRecord) -> str:
+    def format(self, record: logging.LogRecord,  # of the standard library's logging
+              ) -> str:
         "Give the line, and below it the traceback of an error."
         at = time.strftime("%H:%M:%S", time.localtime(record.created))
         parts = [at, f"{record.levelname.lower():7}", f"[{one_line(run)}]" if (run := run_of(record)) else "", one_line(words_of(record))]
         return " ".join(p for p in parts if p) + (f"\n{error}" if (error := error_of(record)) else "")
 
-def fields_of(record: logging.LogRecord) -> dict[str, Any]:  # empty where a record has none
+def fields_of(record: logging.LogRecord,  # of the standard library's logging
+             ) -> dict[str, Any]:  # empty where a record has none
     "Give the values of an event."
     fields = getattr(record, "fields", None)
     return fields if isinstance(fields, dict) else {}
 
-def words_of(record: logging.LogRecord) -> str:  # any length
+def words_of(record: logging.LogRecord,  # of the standard library's logging
+            ) -> str:  # any length
     "Say what a record says, with the numbers of an event rounded."
     fields = fields_of(record)
     if not fields.get("event") or fields.get("message") or fields.get("error"): return record.getMessage()
