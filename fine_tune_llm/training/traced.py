@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['empty_network', 'Unpacked', 'unpack_layers', 'Recorder', 'half_fake', 'operations', 'fill_with_fakes', 'watched_step',
-           'look', 'Trace', 'trace_step', 'traced']
+           'look', 'Trace', 'trace_step', 'traced', 'shallow', 'trace_deep']
 
 # %% ../../nbs/training/532_traced.ipynb #imports
-import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -131,7 +131,7 @@ def fill_with_fakes(net: Any,  # of `empty_network`; its parameters are replaced
     new: dict[int, Any] = {}  # a tied weight stays one weight
     def fake_like(x: Any) -> Any:
         if id(x) not in new:
-            t = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+            t = torch.zeros(x.shape, dtype=x.dtype, device="cpu")  # whole numbers, such as positions, are real
             new[id(x)] = torch.nn.Parameter(t, requires_grad=x.requires_grad) if isinstance(x, torch.nn.Parameter) else t
         return new[id(x)]
     for module in net.modules():
@@ -214,3 +214,30 @@ def traced(net: Any,  # of `empty_network`
         flops, stepping, seen.peak = seen.flops - before, seen.peak, seen.live
         if looked: look(net, model, looked, length)
     return Trace(frozen, trained, stepping, seen.peak, flops)
+
+# %% ../../nbs/training/532_traced.ipynb #shallow
+def shallow(model: Model,  # from `load_model`
+            layers: int,  # blocks to keep
+           ) -> Model | None:  # None where blocks differ
+    "Give a model fewer blocks."
+    config = deepcopy(model.config)
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    if getattr(text, "num_hidden_layers", 0) <= layers or len(set(kinds or ())) > 1: return None
+    text.num_hidden_layers = layers
+    if kinds: text.layer_types = list(kinds)[:layers]
+    return replace(model, config=config)
+
+def trace_deep(model: Model,  # from `load_model`
+               rows: int, length: int,  # of a batch, in tokens
+               classes: int = 2,  # of a classifier
+               lora: Mapping[str, Any] | None = None,  # as for `finetune`
+               looked: int = 0,  # rows that are measured at once, 0 for none
+               arithmetic: Arithmetic | None = None,  # of a language model; None: as it is loaded
+              ) -> Trace:
+    "Count what is alive in a training step, by two shallow networks where the one at hand is deep."
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    few, more = (shallow(model, n) if layers > 12 else None for n in (4, 8))
+    if not few or not more: return trace_step(model, rows, length, classes, lora, looked, arithmetic)
+    a, b = (asdict(trace_step(m, rows, length, classes, lora, looked, arithmetic)) for m in (few, more))
+    return Trace(**{k: type(a[k])(a[k] + (b[k] - a[k]) / 4 * (layers - 4)) for k in a})
