@@ -246,7 +246,7 @@ def trace_deep(model: Model,  # from `load_model`
               ) -> Trace:
     "Count what is alive in a training step, by two shallow networks where the one at hand is deep."
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
-    few, more = (shallow(model, n) if layers > 12 else None for n in (4, 8))
+    few, more = (shallow(model, n) if layers > 8 else None for n in (2, 4))
     if not few or not more: return trace_step(model, rows, length, classes, lora, looked, arithmetic)
     a, b = (asdict(trace_step(m, rows, length, classes, lora, looked, arithmetic)) for m in (few, more))
-    return Trace(**{k: type(a[k])(a[k] + (b[k] - a[k]) / 4 * (layers - 4)) for k in a})
+    return Trace(**{k: type(a[k])(a[k] + (b[k] - a[k]) / 2 * (layers - 2)) for k in a})
