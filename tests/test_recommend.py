@@ -109,7 +109,7 @@ HALF = {None: 2.0, "nf4": 0.5}  # bytes of a weight
 def test_seven_billion_weights_on_three_machines(gigabytes, device, fits, quantize, tmp_path):
     model = load_model(llama_7b(tmp_path), task="sft", device="cpu")
     machine = described_machine(gigabytes, device)
-    found = recommend(model, [200 + i % 57 for i in range(2000)], machine, batch_size=8)
+    found = recommend(model, [300 + i % 57 for i in range(2000)], machine, batch_size=8)
     assert found.fits is fits and found.model.get("quantize") == quantize and len(found.reasons) >= 5
     assert found.rehearsal is None
     embedded = 2 * 32000 * 4096  # in and out
@@ -119,10 +119,11 @@ def test_seven_billion_weights_on_three_machines(gigabytes, device, fits, quanti
     assert (found.need.total <= 0.9 * machine.memory) is fits and ("NOT fit" in found.reasons[0]) is not fits
 
 
+@pytest.mark.slow
 def test_the_line_through_two_shallow_networks(tmp_path):
-    "Sixteen blocks, counted whole and by the line, with a language model's own step."
+    "Ten blocks, counted whole and by the line, with a language model's own step."
     from transformers import LlamaConfig
-    config = LlamaConfig(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=14, num_attention_heads=4)
+    config = LlamaConfig(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=10, num_attention_heads=4)
     model = load_model(network(tmp_path, config), task="sft", device="cpu", dtype="float32")
     drawn, counted = (f(model, 2, 40, looked=8) for f in (trace_deep, trace_step))
     for part in ("frozen", "trained", "stepping", "heap", "flops"): assert math.isclose(getattr(drawn, part), getattr(counted, part), rel_tol=0.02), part

@@ -110,12 +110,12 @@ def count_step(model: Model,  # from `load_model`
                classes: int,  # of a classifier
                looked: int,  # rows that are measured at once
               ) -> Any:  # a Trace
-    "Count what is alive in a step, of a language model by two of its pieces."
+    "Count what is alive in a step, of a language model by one of its pieces."
     from fine_tune_llm.training.traced import trace_deep
-    few = rows if model.task == "classification" else min(rows, 2 * max(1, 512 // length))
+    few = rows if model.task == "classification" else min(rows, max(1, 512 // length))
     try: trace = trace_deep(model, few, length, classes, lora, looked)
     except Exception as e: raise TrainingError(f"this network cannot be counted: {' '.join(str(e).split())[:200]}", where=model.name, fix="load it, and ask preflight") from None
-    return replace(trace, flops=trace.flops * rows / few)
+    return replace(trace, flops=trace.flops * rows / few, stepping=trace.stepping + 4 * trace.trained * (rows > few))
 
 def step_need(model: Model,  # from `load_model`
               rows: int,  # that go through the network at once
@@ -294,7 +294,9 @@ def fitting_ways(tried: Sequence[tuple[Model, int, str]],  # of `ways`
     hopeless: dict[tuple[str | None, bool], bool] = {}
     for way, n, why in tried:
         key = (way.quantize, bool(way.checkpointing))
-        if key not in hopeless: hopeless[key] = need(way, math.ceil(batch / max(k for w, k, _ in tried if (w.quantize, bool(w.checkpointing)) == key))).total > memory
+        if key not in hopeless:  # not even in the smallest parts; with weights alone too large, neither with checkpointing
+            least = need(way, math.ceil(batch / max(k for w, k, _ in tried if (w.quantize, bool(w.checkpointing)) == key)))
+            hopeless |= {key: least.total > memory} | ({(key[0], True): True} if least.weights > memory else {})
         if not hopeless[key] and (found := need(way, math.ceil(batch / n))).total <= memory: yield way, n, why, found
 
 # %% ../../nbs/apps/712_plans.ipynb #rehearsable
