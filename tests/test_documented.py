@@ -1,7 +1,6 @@
 """Every public name says what it is, and no module needs itself to be loaded. Read from the source, so nothing is imported."""
 import ast
 import io
-import re
 import tokenize
 from configparser import ConfigParser
 from graphlib import CycleError, TopologicalSorter
@@ -11,7 +10,6 @@ import pytest
 import yaml
 
 ROOT, LIB = Path(__file__).parents[1], "fine_tune_llm"
-METHOD = re.compile(r"\.[A-Z]\w*\.\w+$")
 Def = ast.FunctionDef | ast.AsyncFunctionDef
 
 def modules(root: Path) -> dict[str, Path]:
@@ -25,33 +23,54 @@ def exported(tree: ast.Module) -> set[str]:
     return {e.value for v in lists if isinstance(v, ast.List) for e in v.elts if isinstance(e, ast.Constant)}
 
 def public(tree: ast.Module) -> list[tuple[str, ast.AST]]:
-    "The exported functions and classes, and the public methods of the classes; an overload is no symbol of its own."
+    "The exported functions and classes, and the public methods of the classes and what makes them; an overload is no symbol of its own."
     found: list[tuple[str, ast.AST]] = []
     for node in tree.body:
         if not isinstance(node, Def | ast.ClassDef) or node.name not in exported(tree): continue
         found.append((node.name, node))
         if isinstance(node, ast.ClassDef):
-            found += [(f"{node.name}.{m.name}", m) for m in node.body if isinstance(m, Def) and m.name[0] != "_"
+            found += [(f"{node.name}.{m.name}", m) for m in node.body if isinstance(m, Def) and (m.name[0] != "_" or m.name == "__init__")
                       and not any(ast.unparse(d).endswith((".setter", "overload")) for d in m.decorator_list)]
     return found
 
 def undocumented(root: Path) -> tuple[int, list[str]]:
-    "How many public symbols there are, and those without a docstring."
+    "How many public symbols there are, and those without a sentence that says what they do; the class speaks for its __init__."
     symbols = [(f"{name}.{symbol}", node) for name, path in modules(root).items()
-               for symbol, node in public(ast.parse(path.read_text(encoding="utf-8")))]
-    return len(symbols), [name for name, node in symbols if not ast.get_docstring(node)]
+               for symbol, node in public(ast.parse(path.read_text(encoding="utf-8"))) if not symbol.endswith(".__init__")]
+    return len(symbols), [name for name, node in symbols if "." not in (ast.get_docstring(node) or "")]
+
+def arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
+    "What a caller passes."
+    args = (*node.args.posonlyargs, *node.args.args, node.args.vararg, *node.args.kwonlyargs, node.args.kwarg)
+    return [a for a in args if a and a.arg not in ("self", "cls")]
+
+def signature_end(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    "The line of the colon, where a comment is about what comes back."
+    if node.name == "__init__" or node.returns and ast.unparse(node.returns) == "None": return 10**9
+    last = [node.returns] if node.returns else [a.annotation or a for a in arguments(node)] + [d for d in (*node.args.defaults, *node.args.kw_defaults) if d]
+    return max([node.lineno, *(x.end_lineno or 0 for x in last)])
+
+def helped(root: Path) -> set[str]:
+    "Names of types that carry the help of a command's option."
+    return {ast.unparse(n.targets[0]) for path in modules(root).values() for n in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(n, ast.Assign) and "help=" in ast.unparse(n.value)}
 
 def uncommented(root: Path) -> tuple[int, list[str]]:
-    "How many parameters exported functions have, and those without a comment on their lines."
-    count, bad = 0, []
+    """How many parameters public functions and methods have, and fields public classes, and those without a comment on their lines.
+
+    A comment behind the colon of a signature is about what comes back, and speaks for no parameter unless that is None; a docstring
+    that names a parameter in backticks speaks for it, and so does the help of a command's option."""
+    count, bad, types = 0, [], helped(root)
+    told_by_type = lambda a: bool(a.annotation) and ("help=" in ast.unparse(a.annotation) or ast.unparse(a.annotation) in types)
     for name, path in modules(root).items():
         text = path.read_text(encoding="utf-8")
         noted = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT}
         for symbol, node in public(ast.parse(text)):
-            if not isinstance(node, Def) or "." in symbol: continue
-            args = [a for a in (*node.args.posonlyargs, *node.args.args, node.args.vararg, *node.args.kwonlyargs, node.args.kwarg) if a]
-            count += len(args)
-            bad += [f"{name}.{symbol}({a.arg})" for a in args if not noted & set(range(a.lineno, (a.end_lineno or a.lineno) + 1))]
+            if isinstance(node, Def):
+                told, end = [(f"({a.arg})", a) for a in arguments(node) if f"`{a.arg}`" not in (ast.get_docstring(node) or "") and not told_by_type(a)], signature_end(node)
+            else: told, end = [(f".{ast.unparse(f.target)}", f) for f in getattr(node, "body", []) if isinstance(f, ast.AnnAssign)], 10**9
+            count += len(told)
+            bad += [f"{name}.{symbol}{what}" for what, a in told if not noted & set(range(a.lineno, min(a.end_lineno or a.lineno, end - 1) + 1))]
     return count, bad
 
 def graph(root: Path) -> dict[str, set[str]]:
@@ -87,28 +106,22 @@ def house(tmp_path):
     return build
 
 
-def test_every_function_and_class_has_a_docstring():
-    _, bad = undocumented(ROOT)
-    assert not [name for name in bad if not METHOD.search(name)]
-
-
-def test_nearly_every_method_too():
-    "What is left delegates in one line to a function that has its own; the share may only rise."
+def test_every_public_symbol_has_a_docstring():
     count, bad = undocumented(ROOT)
-    assert count > 1500 and len(bad) <= 0.1 * count, f"{len(bad)} of {count} public symbols without a docstring: {bad}"
+    assert count > 1500 and not bad, f"{len(bad)} of {count} public symbols without a docstring"
 
 
-def test_parameters_have_comments():
-    "A parameter whose name and type say all may go without; the share may only rise."
+def test_every_parameter_and_field_has_a_comment():
+    "Its meaning, shape or unit, beside its type."
     count, bad = uncommented(ROOT)
-    assert count > 3000 and len(bad) <= 0.3 * count, f"{len(bad)} of {count} parameters without a comment: {bad}"
+    assert count > 4000 and not bad, f"{len(bad)} of {count} without a comment"
 
 
 def test_the_counts_see_what_is_missing(house):
-    root = house(a='__all__ = ["f", "C"]\ndef f(x,\n      y: int = 0,  # a count\n     ): return x\ndef g(): pass\n'
-                   'class C:\n    "Hold."\n    def m(self): return 1\n    def _n(self): return 2\n')
-    assert undocumented(root) == (3, [f"{LIB}.a.f", f"{LIB}.a.C.m"])
-    assert uncommented(root) == (2, [f"{LIB}.a.f(x)"])
+    root = house(a='__all__ = ["f", "g", "C"]\ndef f(x,\n      y: int = 0,  # a count\n     ) -> int: return x\ndef g(x) -> int:  # bytes\n    "Give"\n'
+                   'class C:\n    "Hold."\n    a: int\n    b: int  # a count\n    def __init__(self, q): pass\n    def m(self, z): return 1\n    def _n(self): return 2\n')
+    assert undocumented(root) == (4, [f"{LIB}.a.f", f"{LIB}.a.g", f"{LIB}.a.C.m"])  # a word is no sentence
+    assert uncommented(root) == (7, [f"{LIB}.a.f(x)", f"{LIB}.a.g(x)", f"{LIB}.a.C.a", f"{LIB}.a.C.__init__(q)", f"{LIB}.a.C.m(z)"])
 
 
 def test_no_import_cycle():

@@ -355,7 +355,7 @@ def model_section(m: Model,  # with the settings that were chosen
     "Write a model as a section of a configuration."
     return {"name": m.name, "task": m.task, **({"quantize": m.quantize} if m.quantize else {}), "dtype": m.dtype, **({"checkpointing": True} if m.checkpointing is True else {})}
 
-def told_reasons(machine: Machine,
+def told_reasons(machine: Machine,  # where it shall work
                  m: Model, need: Need,  # that were chosen
                  fits: bool,  # whether the machine has room for it
                  why: str,  # what the setting costs

@@ -80,7 +80,7 @@ def supervised(part: Mapping[str, Any],  # a batch from `collate`
     return (part["labels"][:, 1:] != -100).sum()
 
 # %% ../../nbs/training/528_causal_loop.ipynb #planned-step
-def planned_step(plan: CausalPlan,
+def planned_step(plan: CausalPlan,  # of `plan_causal`
                  pad_id: int,  # token that fills a row up
                 ) -> Callable[..., None]:  # of a module, an optimizer, token ids of a batch, and a task
     "Make the step of a run that goes by a plan, with every token supervised."

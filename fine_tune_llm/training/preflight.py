@@ -26,7 +26,8 @@ from ..models.loading import Model, build_causal, build_classifier
 from ..models.scoring import batches, encode
 
 # %% ../../nbs/training/523_preflight.ipynb #peak
-def reset_peak(device: str) -> None:
+def reset_peak(device: str,  # "cuda", "mps" or "cpu"
+              ) -> None:
     "Begin to measure the highest mark anew."
     import torch
     if device.startswith("cuda"): torch.cuda.reset_peak_memory_stats(device)
@@ -46,7 +47,8 @@ def peak_memory(device: str,  # "cuda", "mps" or "cpu"
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
-def held_memory(device: str) -> int:  # bytes
+def held_memory(device: str,  # "cuda", "mps" or "cpu"
+               ) -> int:  # bytes
     "Read what this process holds now."
     import psutil
     import torch
@@ -68,12 +70,16 @@ class Preflight:
     free_bytes: int  # that could still be taken before the model was built
     checkpointing: bool  # whether activations are to be computed twice
     measured: bool  # False if the longest batch would not have fitted and was not tried
-    reasons: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()  # short sentences
 
     @property
-    def peak_bytes(self) -> int: return self.before_bytes + self.weight_bytes + self.working_bytes
+    def peak_bytes(self) -> int:
+        "Add up what the process will hold at most."
+        return self.before_bytes + self.weight_bytes + self.working_bytes
     @property
-    def fits(self) -> bool: return self.weight_bytes + self.working_bytes <= self.free_bytes
+    def fits(self) -> bool:
+        "Tell whether what is new finds room."
+        return self.weight_bytes + self.working_bytes <= self.free_bytes
 
     def __repr__(self) -> str:
         verdict = "fits" if self.fits else "does not fit"
@@ -115,7 +121,7 @@ def plain_step(module: Any,  # a model with an adapter, in training
 
 # %% ../../nbs/training/523_preflight.ipynb #timed
 def timed(step: Callable[[], None],  # what to measure
-          device: str,
+          device: str,  # "cuda", "mps" or "cpu"
          ) -> float:  # seconds
     "Measure a step, to the end of what a GPU still computes."
     import torch
@@ -160,14 +166,23 @@ def try_batches(model: Model, module: Any,  # built as it will be trained
     return peak, [(len(sizes) * sizes[-1], min(once(sizes) for _ in range(2))) for sizes in (middling, longest)], True
 
 # %% ../../nbs/training/523_preflight.ipynb #build
-def build_trial(model: Model, labels: Labels | None, lora: Mapping[str, Any], seed: int, steps: int) -> Any:  # torch's Module, in training
+def build_trial(model: Model,  # from `load_model`
+                labels: Labels | None,  # classes, None for a language model
+                lora: Mapping[str, Any],  # as for `finetune`
+                seed: int,  # of the head and the adapter
+                steps: int,  # of the whole run, for an adapter with a schedule
+               ) -> Any:  # torch's Module, in training
     "Build a model as a run would."
     base = build_classifier(model, labels, seed) if model.task == "classification" and labels else build_causal(model)
     return add_adapter(base, lora, seed, steps).train()
 
 # %% ../../nbs/training/523_preflight.ipynb #reasons
-def explain(model: Model, module: Any, rows: int, longest: int, measured: bool,
-            ) -> tuple[str, ...]:  # short sentences
+def explain(model: Model,  # from `load_model`
+            module: Any,  # built from it, with its adapter
+            rows: int,  # that go through the network at once
+            longest: int,  # tokens of the longest row
+            measured: bool,  # whether the whole batch was tried
+           ) -> tuple[str, ...]:  # short sentences
     "Say what a prediction rests on."
     tried = f"a batch of {rows} rows of up to {longest} tokens was tried" if measured else f"one row of {longest} tokens was tried, and counts {rows} times"
     return (repr(describe(module)), tried, f"{model.quantize or model.dtype} on {model.device}" + (f" ({model.plan.why})" if model.plan else ""),
@@ -210,12 +225,16 @@ def settle_checkpointing(model: Model,  # from `load_model`
     return replace(model, checkpointing=found.checkpointing) if model.checkpointing == "auto" else model
 
 # %% ../../nbs/training/523_preflight.ipynb #keep
-def keep_preflight(run: Run, found: Preflight) -> None:
+def keep_preflight(run: Run,  # that is about to begin
+                   found: Preflight,  # of `preflight`
+                  ) -> None:
     "Write a prediction into a run, and begin to measure."
     run.log("preflight", **asdict(found), peak_bytes=found.peak_bytes)
     reset_peak(found.device)
 
-def keep_peak(run: Run, device: str) -> None:
+def keep_peak(run: Run,  # that has ended
+              device: str,  # "cuda", "mps" or "cpu"
+             ) -> None:
     "Write the most memory that was held into a run."
     run.log("memory_measured", peak_bytes=peak_memory(device))
 

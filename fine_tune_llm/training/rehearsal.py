@@ -79,7 +79,7 @@ def made_rows(model: Model,  # from `load_model`
 
 # %% ../../nbs/training/534_rehearsal.ipynb #rehearse-classes
 def play_classes(model: Model,  # from `load_model`
-                 part: Part,
+                 part: Part,  # of `write_part`
                  work: Path,  # an empty folder
                 ) -> int:  # steps
     "Train and measure a classifier for a few steps."
@@ -98,7 +98,7 @@ def play_classes(model: Model,  # from `load_model`
 
 # %% ../../nbs/training/534_rehearsal.ipynb #rehearse-tokens
 def play_tokens(model: Model,  # from `load_model`
-                part: Part,
+                part: Part,  # of `write_part`
                 work: Path,  # an empty folder
                ) -> int:  # steps
     "Train and measure a language model for a few steps."
@@ -113,7 +113,8 @@ def play_tokens(model: Model,  # from `load_model`
     return int(done.global_step)
 
 # %% ../../nbs/training/534_rehearsal.ipynb #perform
-def play(part: Part) -> Rehearsal:
+def play(part: Part,  # of `write_part`
+        ) -> Rehearsal:
     "Take a few true steps in this process, and measure what it held."
     import torch
 

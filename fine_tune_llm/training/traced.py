@@ -53,13 +53,19 @@ def empty_network(model: Model,  # from `load_model`
 class Unpacked(torch.autograd.Function):
     "Multiply with weights that are unpacked for one product."
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any,  # of torch, which keeps what the way back needs
+                x: torch.Tensor,  # [..., in]
+                weight: torch.Tensor,  # [out, in], frozen
+                bias: torch.Tensor | None,  # [out]
+               ) -> torch.Tensor:
         "Unpack, multiply and drop; the gradient of a frozen layer needs no input."
         ctx.save_for_backward(weight)
         return F.linear(x.to(weight.dtype), weight.clone(), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any,  # type: ignore[override]  # of the way forward
+                 grad: torch.Tensor,  # [..., out]
+                ) -> tuple[torch.Tensor | None, ...]:
         "Unpack once more for the way back."
         return grad @ ctx.saved_tensors[0].clone(), None, None
 
@@ -97,7 +103,8 @@ class Recorder(TorchDispatchMode):
         if abs(n) < HEAP_BLOCK: self.small += n
         self.peak, self.small_peak = max(self.peak, self.live), max(self.small_peak, self.small)
 
-    def born(self, x: torch.Tensor) -> None:
+    def born(self, x: torch.Tensor,  # of an operation
+            ) -> None:
         "Count a storage that was not seen before, until it dies."
         storage = x.untyped_storage()
         key, n = storage._cdata, -(-storage.nbytes() // self.block) * self.block
