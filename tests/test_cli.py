@@ -144,6 +144,12 @@ def test_every_command_has_help_and_none_loads_a_model_library_for_it():
     assert top.returncode == 0 and "Exit codes: 0 done" in top.stdout and all(name[0] in top.stdout for name in names)
 
 
+def test_the_version_is_that_of_the_package():
+    import fine_tune_llm
+    done = shell("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{fine_tune_llm.__version__}\n", "")
+
+
 def test_each_command_of_the_table_is_tested_through_the_program():
     "A new command comes with tests in these files, by name."
     text = "".join(p.read_text(encoding="utf-8") for p in sorted(Path(__file__).parent.glob("test_cli*.py")))

@@ -6,6 +6,7 @@
 __all__ = ['Part', 'Rehearsal', 'write_part', 'made_rows', 'play_classes', 'play_tokens', 'play', 'perform', 'rehearse']
 
 # %% ../../nbs/training/534_rehearsal.ipynb #imports
+import inspect
 import json
 import os
 import random
@@ -136,8 +137,7 @@ def rehearse(part: Part,  # from `write_part`
              seconds: float = 300,  # until it is given up
             ) -> Rehearsal:
     "Take a few true steps in a process of their own, and measure what it held."
-    import fine_tune_llm
-    home = str(Path(fine_tune_llm.__file__).parents[1])
+    home = str(Path(inspect.getfile(TrainingError)).parents[2])  # where this package lies
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")])), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-W", "ignore", "-c", "from fine_tune_llm.training.rehearsal import perform; perform()"]
     began = time.monotonic()
