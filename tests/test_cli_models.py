@@ -1,6 +1,6 @@
 """The commands that need a model: one run from a file, Ctrl-C, resume, and what a person does with what came out; and everything that can be named wrongly.
 
-Each test meets the program twice: forked from a process that has imported it, in every run of the tests, and as the installed script, among the slow ones."""
+Most tests meet the program twice: forked from a process that has imported it, in every run of the tests, and as the installed script, among the slow ones."""
 import json
 import signal
 import subprocess
@@ -17,6 +17,9 @@ from fine_tune_llm.core.runs import Run
 def program(request) -> Program:
     "Two ways to start the same `main`."
     return Program(request.param == "forked")
+
+
+FORKED, INSTALLED = (pytest.mark.parametrize("program", [way], indirect=True) for way in ("forked", "installed"))  # where one way says it all
 
 
 def steps(path: Path) -> int:
@@ -137,11 +140,13 @@ def test_recommend_for_a_machine(program, home):
 
 
 @pytest.mark.slow
+@FORKED
 def test_nothing_fits_a_machine_that_is_too_small(program, home):
     small = program("recommend", home.path / "weather.csv", "--memory", "0.01", "--device", "cpu", "--json")
     assert small.returncode == 1 and not json.loads(small.stdout)["fits"] and small.stderr == ""
 
 
+@FORKED
 def test_a_run_is_steered_and_its_broken_promise_raises_an_alert(program, home, tmp_path):
     "The test rows have wrong labels half the time: the sets that held on calibration rows cannot hold there."
     texts = [(f"{a} or {b} in the {w}", w if i % 2 else "sun") for i, a in enumerate(WORDS) for b in WORDS[:i] for w in ("rain", "sun")]
@@ -169,6 +174,7 @@ def test_a_run_is_steered_and_its_broken_promise_raises_an_alert(program, home, 
     refused(shell("control", home.run, "stop"), "the run is finished; nothing can be asked of it")
 
 
+@FORKED
 def test_free_answers_are_trained_by_train_and_by_run(program, tmp_path):
     rows = [json.dumps({"prompt": f"What follows {i}?", "completion": f"{i + 1} follows."}) for i in range(40)]
     (tmp_path / "chats.jsonl").write_text("\n".join(rows))
@@ -192,6 +198,7 @@ def test_free_answers_are_trained_by_train_and_by_run(program, tmp_path):
 
 
 @pytest.mark.slow
+@INSTALLED
 def test_the_demonstration(program, tmp_path):
     done = program("demo", "--rows", "30", "--out", tmp_path / "run", "--json")
     assert done.returncode == 0 and Path(json.loads(done.stdout)["bundle"]).is_dir() and "docstrings of " in done.stderr, done.stderr
@@ -234,7 +241,7 @@ def test_dear_mistakes(program, home, tmp_path, args, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hidden,layers,rows,length,checkpointing", [(768, 8, 16, 128, False), (512, 6, 24, 112, False)])
+@pytest.mark.parametrize("hidden,layers,rows,length,checkpointing", [(512, 6, 24, 112, False)])
 def test_predicted_memory_is_measured(tmp_path, hidden, layers, rows, length, checkpointing):
     "A random network of some size, planned and then trained in a process of its own, whose peak the system reports."
     import torch

@@ -101,6 +101,18 @@ def test_the_last_failure_is_raised_as_it_was() -> None:
     assert slept == [1.0, 2.0]
 
 
+@pytest.mark.parametrize("spent,asked", [(1.0, 3), (23.0, 1)])
+def test_a_failure_that_took_long_is_not_repeated(spent: float, asked: int) -> None:
+    "The hub's library waits for 23 seconds by itself before it gives up a connection."
+    now, calls = [0.0], []
+    def ask() -> None:
+        calls.append(now[0])
+        now[0] += spent
+        raise ConnectionError("refused")
+    with pytest.raises(ConnectionError, match="refused"): ask_again(ask, Breaker(limit=9, clock=lambda: now[0]), pauses=[1.0, 2.0], sleep=lambda s: None)
+    assert len(calls) == asked
+
+
 def test_waits_leave_the_random_numbers_of_the_caller_alone() -> None:
     import random
     random.seed(3)

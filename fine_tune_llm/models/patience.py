@@ -78,14 +78,16 @@ def ask_again(ask: Callable[[], T],  # the request
               passes: Callable[[BaseException], bool] = is_passing,  # whether a failure may pass
               pauses: list[float] | None = None,  # seconds between requests, those of `waits` where not given
               sleep: Callable[[float], object] = time.sleep,  # gets the seconds to wait; a test passes its own
+              enough: float = 15.0,  # seconds after which a request that failed is not repeated
              ) -> T:  # what the request gave
     "Make a request, and repeat it while its failures pass."
+    began = breaker.clock()
     for pause in [*(waits() if pauses is None else pauses), None]:
         if left := breaker.left(): raise BreakerOpen(breaker.failures, left)
         try: found = ask()
         except Exception as e:
             breaker.note(ok=not (again := passes(e)))
-            if not again or pause is None: raise
+            if not again or pause is None or breaker.clock() - began > enough: raise
             logging.getLogger(__name__).info("%s: asked again in %.1f s", type(e).__name__, pause)
             sleep(pause)
         else:
