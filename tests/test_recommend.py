@@ -105,7 +105,8 @@ BLOCK = 4 * 4096 * 4096 + 3 * 4096 * 11008
 HALF = {None: 2.0, "nf4": 0.5}  # bytes of a weight
 
 
-@pytest.mark.parametrize(("gigabytes", "device", "fits", "quantize"), [(24, "cuda", True, None), (8, "cuda", True, "nf4"), (16, "cpu", False, None)])
+@pytest.mark.parametrize(("gigabytes", "device", "fits", "quantize"), [(24, "cuda", True, None), pytest.param(8, "cuda", True, "nf4", marks=pytest.mark.slow),
+                                                                       pytest.param(16, "cpu", False, None, marks=pytest.mark.slow)])
 def test_seven_billion_weights_on_three_machines(gigabytes, device, fits, quantize, tmp_path):
     model = load_model(llama_7b(tmp_path), task="sft", device="cpu")
     machine = described_machine(gigabytes, device)
