@@ -3,8 +3,6 @@
 Most tests meet the program twice: forked from a process that has imported it, in every run of the tests, and as the installed script, among the slow ones."""
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -225,6 +223,7 @@ def test_cheap_mistakes(tmp_path, args, words):
     assert list(tmp_path.iterdir()) == []
 
 
+@FORKED
 @pytest.mark.parametrize("args,words", [
     (("evaluate", "{h}/run", "{t}/gone.csv"), ["gone.csv"]), (("evaluate", "{h}/run", "{h}/weather.csv"), ["already used"]), (("evaluate", "{h}/run", "{t}/other.csv"), ["snow"]),
     (("merge", "{h}/run", "{t}/m", "--dtype", "int3"), ["int3"]), (("merge", "{h}/run", "{h}"), ["the folder exists"]),
@@ -238,27 +237,3 @@ def test_cheap_mistakes(tmp_path, args, words):
 def test_dear_mistakes(program, home, tmp_path, args, words):
     write(tmp_path / "other.csv", [("a b c", "snow"), ("d e f", "rain")])
     refused(program(*(str(a).format(h=home.path, t=tmp_path) for a in args), cwd=tmp_path), *words)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("hidden,layers,rows,length,checkpointing", [(512, 6, 24, 112, False)])
-def test_predicted_memory_is_measured(tmp_path, hidden, layers, rows, length, checkpointing):
-    "A random network of some size, planned and then trained in a process of its own, whose peak the system reports."
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from fine_tune_llm.models.loading import locate
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=4096, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64, pad_token_id=0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(locate("pocket")).save_pretrained(tmp_path / "model")
-    text = " ".join(WORDS * 12)
-    write(tmp_path / "long.csv", [(f"{a} {i} {text}", "ab"[i % 2]) for i, a in enumerate(WORDS * 7)])
-    (tmp_path / "run.yaml").write_text(f"data: {{path: long.csv}}\nmodel: {{name: model, device: cpu, dtype: float32, checkpointing: {str(checkpointing).lower()}}}\n"
-                                       f"training: {{epochs: 1, batch_size: {rows}, max_length: {length}, lora: {{r: 16}}}}\n")
-    plan = json.loads(subprocess.run([sys.executable, "-c", "from fine_tune_llm.apps.cli import main; main()", "train", str(tmp_path / "run.yaml"), "--dry-run", "--json"], capture_output=True, text=True).stdout)
-    code = "import resource, sys; from fine_tune_llm.apps.cli import app; app(sys.argv[1:], standalone_mode=False); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-    done = subprocess.run([sys.executable, "-c", code, "train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")], capture_output=True, text=True)
-    measured = int(done.stdout.split()[-1])
-    print(f"predicted {plan['peak'] / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB, of which before {plan['machine']['held'] / 1e6:.0f}, ratio {plan['peak'] / measured:.3f}, need {plan['need']}")
-    assert 0.8 <= plan["peak"] / measured <= 1.2
